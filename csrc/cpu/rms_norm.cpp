@@ -65,15 +65,15 @@ void rms_norm(StableIValue* stack, uint64_t nargs, uint64_t) {
 
 // Adds up the parts of weight's gradient, in their order.
 void add_parts(const float* parts, int64_t count, int64_t width, const Tensor& grad_weight) {
-  std::vector<float> sums(static_cast<size_t>(width));
+  std::vector<double> sums(static_cast<size_t>(width));  // per-head norms have many parts
   for (int64_t part = 0; part < count; part++)
     for (int64_t i = 0; i < width; i++) sums[size_t(i)] += parts[part * width + i];
   void* out = grad_weight.mutable_data();
   if (grad_weight.dtype() == aoti_torch_dtype_float32())
-    std::copy(sums.begin(), sums.end(), static_cast<float*>(out));
+    for (int64_t i = 0; i < width; i++) static_cast<float*>(out)[i] = float(sums[size_t(i)]);
   else
     for (int64_t i = 0; i < width; i++)
-      static_cast<uint16_t*>(out)[i] = bf16_nearest(sums[size_t(i)]);
+      static_cast<uint16_t*>(out)[i] = bf16_nearest(float(sums[size_t(i)]));
 }
 
 void rms_norm_backward(StableIValue* stack, uint64_t nargs, uint64_t) {

@@ -65,13 +65,15 @@ def _is_plain_silu(activation: Any) -> bool:
     )
 
 
-def _forwards_of(used: set[int], on: list[bool]) -> dict[str, Callable[[Any, Tensor], Any]]:
-    """The units' `forward` while the kernel is `on`, by the name of its argument; ids of those that
-    had it go into `used`."""
+def _forwards_of(used: set[int], known: dict[type, Any]) -> dict[str, Callable[[Any, Tensor], Any]]:
+    """The units' `forward` while that of their class is the `known` one, by the name of its
+    argument; ids of those that had the kernel go into `used`."""
 
     def computed(self: Any, x: Tensor) -> Any:
+        if known.get(type(self)) is not type(self).forward:
+            return type(self).forward(self, x)
         gate = self.gate_proj(x)
-        if not (on and gate.requires_grad and takes(gate) and _is_plain_silu(self.act_fn)):
+        if not (gate.requires_grad and takes(gate) and _is_plain_silu(self.act_fn)):
             return self.down_proj(self.act_fn(gate) * self.up_proj(x))
         up = self.up_proj(x)
         if not takes(gate, up):
@@ -104,11 +106,12 @@ def use_own_units(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
     """Gives the gated units of `model` fastft's kernel until `stack` is closed, where it is faster;
     returns the ids of those that have had it, which grow with the first forward passes."""
     used: set[int] = set()
-    on = [True]  # empty from the end on, also for who has kept a unit's method
-    forwards = _forwards_of(used, on)
-    stack.callback(on.clear)
+    known: dict[type, Any] = {}  # empty from the end on, also for who has kept a unit's method
+    forwards = _forwards_of(used, known)
+    stack.callback(known.clear)
     for module in model.modules() if is_ahead() else ():
         forward = forwards.get(_argument_of(module) or "")
         if forward is not None and _is_plain_silu(getattr(module, "act_fn", None)):
+            known[type(module)] = type(module).forward
             stack.callback(put_forward(module, forward))
     return used

@@ -31,6 +31,8 @@ from fastft.layers import matrix_product
 
 # multiplications of a product: with fewer, Python's part of a layer takes what its products save
 LEAST_WORK = 1 << 24
+# as they were found: whoever replaces one of them wants other layers
+_LINEAR, _FORWARD = F.linear, nn.Linear.forward
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:
@@ -78,6 +80,8 @@ def _forward_of(used: set[int]) -> Callable[[nn.Linear, Tensor], Tensor]:
             if _is_plain(input, self.weight, self.bias):
                 used.add(id(self))
                 return linear(input, self.weight, self.bias)
+            if nn.Linear.forward is not _FORWARD:
+                return nn.Linear.forward(self, input)
         return F.linear(input, self.weight, self.bias)
 
     forward.used = used  # type: ignore[attr-defined]
@@ -88,7 +92,7 @@ def times_of(layer: nn.Module, input: Tensor) -> Callable[[Tensor, Tensor], Tens
     """What multiplies matrices where `layer`, for such an input, is the product with a weight that
     is trained: torch, or the kernel, which the layer has had then. None where it is more than that
     (hooks, a bias, an adapter, autocast), or another one."""
-    if type(layer) is not nn.Linear or not is_unseen(layer) or torch.is_autocast_enabled("cpu"):
+    if type(layer) is not nn.Linear or not is_unseen(layer) or _is_torchs():
         return None
     put, weight = vars(layer).get("forward"), layer.weight
     used: set[int] | None = getattr(getattr(put, "__func__", None), "used", None)
@@ -120,7 +124,11 @@ def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_torchs() -> bool:
-    return torch.is_autocast_enabled("cpu") or is_watched()
+    return torch.is_autocast_enabled("cpu") or is_watched() or _is_replaced()
+
+
+def _is_replaced() -> bool:
+    return F.linear is not _LINEAR or nn.Linear.forward is not _FORWARD
 
 
 def _is_worth_it(*sizes: int) -> bool:

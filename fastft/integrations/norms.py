@@ -72,13 +72,20 @@ def _form_of(module: nn.Module) -> Callable[[Any, Tensor], Any] | None:
     return found if same else None
 
 
-def _forwards(used: set[int], on: list[bool]) -> dict[Any, Callable[[Any, Tensor], Any]]:
-    """The norms' `forward` while the kernel is `on`, by what it is in the place of; ids of those
-    that had it go into `used`."""
+def _code(module: nn.Module) -> tuple[Any, ...]:
+    """What its class computes by, and what the module has in its place."""
+    return type(module).forward, getattr(type(module), "_norm", None), vars(module).get("_norm")
+
+
+def _forwards(used: set[int], known: dict[type, Any]) -> dict[Any, Callable[[Any, Tensor], Any]]:
+    """The norms' `forward` while the code of their class is the `known` one, by what it is in the
+    place of; ids of those that had the kernel go into `used`."""
 
     def computed(self: Any, x: Tensor, eps: Any, offset: float) -> Tensor | None:
         trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if not (on and trains and isinstance(eps, float) and takes(x, self.weight)):
+        if not (trains and isinstance(eps, float) and takes(x, self.weight)):
+            return None
+        if known.get(type(self)) != _code(self):
             return None
         used.add(id(self))
         return rms_norm(x, self.weight, eps, offset)
@@ -126,11 +133,12 @@ def use_own_norms(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
     """Gives the norms of `model` fastft's kernel until `stack` is closed, where it is faster;
     returns the ids of those that have had it, which grow with the first forward passes."""
     used: set[int] = set()
-    on = [True]  # empty from the end on, also for who has kept a norm's method
-    stack.callback(on.clear)
-    forwards = _forwards(used, on)
+    known: dict[type, Any] = {}  # empty from the end on, also for who has kept a norm's method
+    stack.callback(known.clear)
+    forwards = _forwards(used, known)
     for module in model.modules() if is_ahead() else ():
         form = _form_of(module)
         if form is not None:
+            known[type(module)] = _code(module)
             stack.callback(put_forward(module, forwards[form]))
     return used

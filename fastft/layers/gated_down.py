@@ -24,32 +24,33 @@ Times = Callable[[Tensor, Tensor], Tensor]
 
 
 class _GatedDown(torch.autograd.Function):
-    """Of contiguous gates and ups (T, I); `times` multiplies two matrices."""
+    """Of contiguous gates and ups (T, I), and W^T, a view that keeps the weight's memory though it
+    be given another one; `times` multiplies two matrices."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, times: Times) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, transposed: Tensor, times: Times) -> Tensor:
+        ctx.save_for_backward(gate, up, transposed)
         ctx.set_materialize_grads(False)
         ctx.times = times
-        return times(multiplied(gate, up), weight.T)
+        return times(multiplied(gate, up), transposed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
-        *kept, weight = ctx.saved_tensors
+        *kept, transposed = ctx.saved_tensors
         gate, up = (saved.contiguous() for saved in kept)  # as hooks give them back
-        plain = is_plain(grad, gate, up, weight)
+        plain = is_plain(grad, gate, up, transposed)
         times: Times = ctx.times if plain else torch.matmul
         needs = ctx.needs_input_grad
         of_weight = None
         if needs[2]:
             y = multiplied(gate, up) if plain else F.silu(gate) * up
-            of_weight = times(grad.mT, y.to(grad.dtype))
+            of_weight = times(grad.mT, y.to(grad.dtype)).mT  # to lie as the weight does
             del y  # before there is as much again
         if not (needs[0] or needs[1]):
             return None, None, of_weight, None
-        found = gradients(times(grad, weight.to(grad.dtype)), gate, up)
+        found = gradients(times(grad, transposed.mT.to(grad.dtype)), gate, up)
         needed = zip(needs, found, strict=False)
         return *(each if needs else None for needs, each in needed), of_weight, None
 
@@ -63,5 +64,5 @@ def gated_down(gate: Tensor, up: Tensor, weight: Tensor, times: Times) -> Tensor
         times: computes the product of two matrices, neither of which has a graph.
     """
     rows = [tensor.contiguous().view(-1, tensor.shape[-1]) for tensor in (gate, up)]
-    result: Tensor = _GatedDown.apply(*rows, weight, times)
+    result: Tensor = _GatedDown.apply(*rows, weight.T, times)
     return result.view(*gate.shape[:-1], len(weight))

@@ -88,7 +88,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         out = torch.empty_like(x)
-        rstd = torch.empty(x.numel() // weight.numel(), dtype=torch.float32)
+        rstd = x.new_empty(x.numel() // weight.numel(), dtype=torch.float32)
         FORWARD.native(out, rstd, x, weight, eps, offset)
         ctx.save_for_backward(x, weight, rstd)
         # a norm whose result nobody needs leaves no gradient, as in torch
@@ -142,7 +142,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and weight.dtype == x.dtype
         and (x.device.type, weight.device.type) == ("cpu", "cpu")
         and x.layout == weight.layout == torch.strided
-        and not x.is_nested
+        and not (x.is_nested or x.is_inference() or weight.is_inference())
         and x.numel() >= LEAST
         and x.shape[-1:] == weight.shape
     )

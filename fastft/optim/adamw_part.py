@@ -194,7 +194,7 @@ def operator_lists(
 
 def table_of(rows: Sequence[Row]) -> Tensor:
     """The operator's `table`."""
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 4)
 
 
 def check_dense(grads: Sequence[Tensor]) -> None:

@@ -125,7 +125,7 @@ class Plan:
         groups: list[dict[str, Any]],
     ) -> None:
         """Makes every state's count an element of one tensor, which a step adds to at once."""
-        self.steps = torch.tensor(done, dtype=torch.float32)
+        self.steps = torch.tensor(done, dtype=torch.float32, device="cpu")
         self.counts = {
             device: DeviceCounts(device, [done[i] for i in positions], self.rows)
             for device, positions in by_device.items()
@@ -213,7 +213,7 @@ class Plan:
         # reading the counts or a learning rate of a device would wait for it
         if len(self.counts) < len(self.parts):
             rows = [hyper_row(groups[index], step + 1) for index, step in self.rows]
-            of_host = torch.tensor(rows, dtype=torch.float32)
+            of_host = torch.tensor(rows, dtype=torch.float32, device="cpu")
         if self.sharded:
             grads = list(map(local_gradient, grads, self.params))
         begun = False
@@ -251,7 +251,10 @@ def same_objects(these: Collection[Any], those: Collection[Any]) -> bool:
 
 def _steps_done(steps: list[Any]) -> list[float]:
     """The counts of states; waits once for each device where some are."""
-    counts = [step if isinstance(step, Tensor) else torch.tensor(float(step)) for step in steps]
+    counts = [
+        step if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu")
+        for step in steps
+    ]
     done = [0.0] * len(counts)
     for places in _by_device(counts).values():
         # a view of each count would be a call into torch for each parameter

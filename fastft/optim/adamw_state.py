@@ -73,7 +73,7 @@ def new_state(
     Args:
         where: "cpu", or "meta" for the form alone; on the parameter's device by default.
     """
-    state = State(step=torch.zeros((), dtype=torch.float32))
+    state = State(step=torch.zeros((), dtype=torch.float32, device="cpu"))
     coded = _is_coded(param, group)
     if coded:
         state |= moment_codes.new_entries(param, group["moments"], where)

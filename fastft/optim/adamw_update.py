@@ -360,7 +360,7 @@ class Binding:
 
     def written(self) -> list[int]:
         """The sampled checksum of what the last step wrote to each parameter; 0: not known."""
-        sums = torch.zeros(self.size, dtype=torch.int64)
+        sums = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         torch.ops.fastft.adamw_written(sums, self._number)
         return [value % 2**64 for value in sums.tolist()]
 

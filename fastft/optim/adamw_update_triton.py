@@ -244,7 +244,7 @@ def _launch(
         aligned = all(address % 16 == 0 for row in rows for address in row[:6])
         aligned &= all(row[7] % 8 == 0 and row[11] % 8 == 0 for row in rows)
         _adamw_kernel[(ends[-1],)](
-            _sent(torch.tensor(lines, dtype=torch.int64), on), hyper, grad_factor,
+            _sent(torch.tensor(lines, dtype=torch.int64, device="cpu"), on), hyper, grad_factor,
             ROUNDING=rounding, BITS=bits, AMSGRAD=amsgrad, ALIGNED=aligned, GROUPS=_GROUPS,
             num_warps=_GROUPS // ops.wave(on), enable_fp_fusion=False,
         )  # fmt: skip

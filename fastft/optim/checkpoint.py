@@ -382,7 +382,7 @@ def _restored(saved: dict[str, Any], fresh: State, owner: str) -> State:
     for name, value in saved.items():
         if name == "step":
             # of its own: plans replace it by a view
-            fresh["step"] = torch.tensor(float(value), dtype=torch.float32)
+            fresh["step"] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif name not in fresh:
             if name not in _RESIDUES:
                 fresh[name] = value

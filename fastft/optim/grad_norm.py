@@ -149,7 +149,7 @@ class ToClip:
 
     def __init__(self, max_norm: float, impl: str) -> None:
         self.max_norm, self._impl = max_norm, impl
-        self.norm = torch.empty((), dtype=torch.float32)
+        self.norm = torch.empty((), dtype=torch.float32, device="cpu")
 
     def factor(self, grads: Sequence[Tensor]) -> Tensor:
         """Takes the norm here; returns what every gradient is multiplied by."""

@@ -221,6 +221,49 @@ def test_a_silu_that_somebody_has_replaced_is_his(owner, name, units, monkeypatc
     assert not units
 
 
+@needs_kernel
+def test_a_forward_that_is_replaced_in_the_middle_of_a_training_counts(units, monkeypatch):
+    module = unit()
+    x = inputs(module)
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        module(x)
+        assert units
+        units.clear()
+        monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x * 7)
+        assert torch.equal(module(x), x * 7)
+        monkeypatch.undo()
+    assert not units
+
+
+@needs_kernel
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("owner, name", [("Linear", "forward"), ("functional", "linear")])
+@pytest.mark.parametrize("early", [True, False])
+def test_layers_that_somebody_has_replaced_are_his(
+    early, owner, name, products, units, monkeypatch
+):
+    monkeypatch.setattr(linear_products, "LEAST_WORK", 1)
+    monkeypatch.setattr(linear_products.matrix_product, "LEAST", 1)
+    module = unit()
+    x, real = inputs(module), getattr(getattr(nn, owner), name)
+
+    def replace():
+        monkeypatch.setattr(getattr(nn, owner), name, lambda *all: real(*all) * 3)
+
+    with contextlib.ExitStack() as stack:
+        if early:
+            replace()
+        if products:
+            linear_products.use_own_products(module, stack)
+        use_own_units(nn.Sequential(module), stack)
+        if not early:
+            replace()
+        found = module(x)
+    torch.testing.assert_close(found, module(x))
+    assert units == ["swiglu"]
+
+
 class Workspace(nn.Linear):
     """Writes each result where the one before was."""
 

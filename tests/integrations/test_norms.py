@@ -248,6 +248,26 @@ def test_options_are_read_when_they_are_needed(computed):
 
 
 @needs_kernel
+@pytest.mark.parametrize("kind, name", [(LlamaRMSNorm, "forward"), (Gemma2RMSNorm, "_norm")])
+@pytest.mark.parametrize("of", ["class", "instance"])
+def test_what_is_replaced_in_the_middle_of_a_training_counts(of, kind, name, computed, monkeypatch):
+    module, x = norm(kind), inputs()
+    with own(module):
+        module(x)
+        assert computed
+        computed.clear()
+        if of == "class":
+            monkeypatch.setattr(kind, name, lambda self, x: x * 7)
+        else:
+            setattr(module, name, lambda x: x * 7)
+        found = module(x)
+        monkeypatch.undo()
+    factor = 1.0 if name == "forward" else 1.0 + module.weight
+    torch.testing.assert_close(found, 7 * x * factor)
+    assert not computed
+
+
+@needs_kernel
 def test_hooks_see_what_they_always_see(computed):
     module, x, seen = norm(), inputs(), []
     module.register_forward_hook(lambda module, args, y: seen.append(args[0] is x) or y * 2)

@@ -111,6 +111,18 @@ def test_operands_that_have_changed(place):
         z.backward(grad)
 
 
+def test_a_weight_that_is_given_other_memory_is_the_one_of_the_forward_pass():
+    """As with `F.linear`, which keeps a view of it."""
+    found = []
+    for function in (ours, plain):
+        *inputs, grad = (each.requires_grad_() for each in operands(4, 3))
+        z = function(*inputs)
+        inputs[2].data = torch.zeros_like(inputs[2])
+        z.backward(grad)
+        found.append([each.grad for each in inputs])
+    torch.testing.assert_close(*found)
+
+
 def test_hooks_may_give_saved_tensors_back_in_other_ways():
     given = operands(6, 8)
     expected = trained(given, plain)

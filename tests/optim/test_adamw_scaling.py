@@ -168,6 +168,23 @@ def test_what_the_update_cannot_clip_is_clipped_before(case):
 
 
 @needs_native
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_the_device_of_new_tensors_has_no_part_in_a_step(max_norm):
+    """`torch.set_default_device`, here a device without memory."""
+    results = []
+    for default in ("cpu", "meta"):
+        params, grads = start(SHAPES), gradients(SHAPES, 3)
+        with torch.device(default):
+            optimizer = AdamW(params, max_grad_norm=max_norm)
+            train(optimizer, grads)
+            assert all(float(step) == 3 for step in states(optimizer, "step"))
+            optimizer.load_state_dict(optimizer.state_dict())
+            train(optimizer, grads)
+        results.append(params)
+    equal(*results)
+
+
+@needs_native
 def test_weights_that_are_given_other_memory_are_clipped_and_updated_once():
     """The plan made anew takes the norm anew."""
     plain, moved = start(SHAPES), start(SHAPES)
