@@ -23,7 +23,7 @@ from fastft.foreign.compiling import constant_when_compiled, is_batched, is_watc
 
 DTYPES = (torch.float32, torch.bfloat16)
 # elements: with fewer, Python's part takes what the kernel saves (NOTES.md)
-LEAST = 1 << 15
+LEAST = 1 << 12
 
 
 def _rms_norm(
