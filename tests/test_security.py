@@ -29,8 +29,8 @@ REVIEWED = set(
     os.PathLike os.access os.close os.cpu_count os.environ os.fsync os.getcwd os.getpid os.open
     os.path os.register_at_fork os.replace os.sched_getaffinity os.sysconf os.sysconf_names
     os.O_RDONLY os.W_OK os.X_OK
-    ctypes.PYFUNCTYPE ctypes.c_char_p ctypes.c_int64 ctypes.c_size_t ctypes.c_void_p ctypes.cast
-    ctypes.py_object ctypes.pythonapi
+    ctypes.CFUNCTYPE ctypes.PYFUNCTYPE ctypes.c_char_p ctypes.c_int64 ctypes.c_size_t
+    ctypes.c_void_p ctypes.cast ctypes.py_object ctypes.pythonapi
     huggingface_hub.split_torch_state_dict_into_shards
     """.split()
 )
