@@ -66,3 +66,10 @@ def is_compiled(model: nn.Module) -> bool:
         "OptimizedModule" in class_names(module) or module._compiled_call_impl is not None
         for module in model.modules()
     )
+
+
+def is_plain(grad: Tensor, *kept: Tensor) -> bool:
+    """Whether kernels may compute gradients: not those that have gradients themselves or are many
+    at once, nor of what hooks have given back in another dtype."""
+    alike = all(tensor.dtype == grad.dtype for tensor in kept)
+    return alike and not (torch.is_grad_enabled() or is_watched() or is_batched(grad))

@@ -19,13 +19,18 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from fastft.integrations.linear_products import times_of
-from fastft.integrations.own_forward import instructions, is_stock, is_unseen, put_forward
+from fastft.integrations.own_forward import (
+    instructions,
+    is_stock,
+    is_unseen,
+    put_forward,
+    standing_for,
+)
 from fastft.layers.gated_down import gated_down
 from fastft.layers.swiglu import is_ahead, swiglu, takes
 
@@ -65,13 +70,13 @@ def _is_plain_silu(activation: Any) -> bool:
     )
 
 
-def _forwards_of(used: set[int], known: dict[type, Any]) -> dict[str, Callable[[Any, Tensor], Any]]:
-    """The units' `forward` while that of their class is the `known` one, by the name of its
-    argument; ids of those that had the kernel go into `used`."""
+def _computed_of(used: set[int], known: dict[type, Any]) -> Callable[[Any, Tensor], Any]:
+    """What computes a unit while the `forward` of its class is the `known` one; ids of those that
+    had the kernel go into `used`."""
 
     def computed(self: Any, x: Tensor) -> Any:
         if known.get(type(self)) is not type(self).forward:
-            return type(self).forward(self, x)
+            return NotImplemented
         gate = self.gate_proj(x)
         if not (gate.requires_grad and takes(gate) and _is_plain_silu(self.act_fn)):
             return self.down_proj(self.act_fn(gate) * self.up_proj(x))
@@ -84,22 +89,7 @@ def _forwards_of(used: set[int], known: dict[type, Any]) -> dict[str, Callable[[
             return self.down_proj(swiglu(gate, up))
         return gated_down(gate, up, self.down_proj.weight, times)
 
-    # of this name and functions, so that the units' methods pickle and torch.jit compiles them
-    def forward(self: Any, x: Tensor) -> Any:
-        if not torch.jit.is_scripting():
-            return computed(self, x)
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-    found = {"x": forward}
-
-    def forward(self: Any, hidden_state: Tensor) -> Any:  # type: ignore[no-redef]
-        if not torch.jit.is_scripting():
-            return computed(self, hidden_state)
-        return self.down_proj(
-            self.act_fn(self.gate_proj(hidden_state)) * self.up_proj(hidden_state)
-        )
-
-    return {**found, "hidden_state": forward}
+    return computed
 
 
 def use_own_units(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
@@ -107,11 +97,12 @@ def use_own_units(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
     returns the ids of those that have had it, which grow with the first forward passes."""
     used: set[int] = set()
     known: dict[type, Any] = {}  # empty from the end on, also for who has kept a unit's method
-    forwards = _forwards_of(used, known)
+    computed = _computed_of(used, known)
     stack.callback(known.clear)
     for module in model.modules() if is_ahead() else ():
-        forward = forwards.get(_argument_of(module) or "")
-        if forward is not None and _is_plain_silu(getattr(module, "act_fn", None)):
+        argument = _argument_of(module)
+        if argument is not None and _is_plain_silu(getattr(module, "act_fn", None)):
             known[type(module)] = type(module).forward
+            forward = standing_for(_returned, computed, argument)
             stack.callback(put_forward(module, forward))
     return used

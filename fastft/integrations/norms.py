@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.integrations.own_forward import instructions, is_stock, put_forward
+from fastft.integrations.own_forward import instructions, is_stock, put_forward, standing_for
 from fastft.layers.rms_norm import is_ahead, rms_norm, takes
 
 
@@ -49,6 +49,12 @@ def _norm(self: Any, x: Tensor) -> Any:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
+# the name of eps, and what is added to the weight
+_OPTIONS: dict[Any, tuple[str, float]] = {
+    _as_llama: ("variance_epsilon", 0.0),
+    _as_olmo: ("variance_epsilon", 0.0),
+    _as_gemma: ("eps", 1.0),
+}
 _FORMS = {
     (instructions(forward.__code__), inner and instructions(inner.__code__)): forward
     for forward, inner in ((_as_llama, None), (_as_olmo, None), (_as_gemma, _norm))
@@ -77,56 +83,22 @@ def _code(module: nn.Module) -> tuple[Any, ...]:
     return type(module).forward, getattr(type(module), "_norm", None), vars(module).get("_norm")
 
 
-def _forwards(used: set[int], known: dict[type, Any]) -> dict[Any, Callable[[Any, Tensor], Any]]:
-    """The norms' `forward` while the code of their class is the `known` one, by what it is in the
-    place of; ids of those that had the kernel go into `used`."""
+def _forward_of(form: Any, used: set[int], known: dict[type, Any]) -> Callable[..., Any]:
+    """The `forward` of norms of this form while the code of their class is the `known` one; ids of
+    those that had the kernel go into `used`."""
+    eps_name, offset = _OPTIONS[form]
 
-    def computed(self: Any, x: Tensor, eps: Any, offset: float) -> Tensor | None:
-        trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if not (trains and isinstance(eps, float) and takes(x, self.weight)):
-            return None
+    def computed(self: Any, x: Tensor) -> Any:
+        eps, weight = getattr(self, eps_name), self.weight
+        trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if not (trains and isinstance(eps, float) and takes(x, weight)):
+            return NotImplemented
         if known.get(type(self)) != _code(self):
-            return None
+            return NotImplemented
         used.add(id(self))
-        return rms_norm(x, self.weight, eps, offset)
+        return rms_norm(x, weight, eps, offset)
 
-    found: dict[Any, Callable[[Any, Tensor], Any]] = {}
-
-    # of this name and functions, so that the norms' methods pickle and torch.jit compiles them
-    def forward(self: Any, hidden_states: Tensor) -> Any:
-        if not torch.jit.is_scripting():
-            y = computed(self, hidden_states, self.variance_epsilon, 0.0)
-            return type(self).forward(self, hidden_states) if y is None else y
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(input_dtype)
-
-    found[_as_llama] = forward
-
-    def forward(self: Any, hidden_states: Tensor) -> Any:  # type: ignore[no-redef]
-        if not torch.jit.is_scripting():
-            y = computed(self, hidden_states, self.variance_epsilon, 0.0)
-            return type(self).forward(self, hidden_states) if y is None else y
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return (self.weight * hidden_states).to(input_dtype)
-
-    found[_as_olmo] = forward
-
-    def forward(self: Any, x: Tensor) -> Any:  # type: ignore[no-redef]
-        if not torch.jit.is_scripting():
-            y = computed(self, x, self.eps, 1.0)
-            return type(self).forward(self, x) if y is None else y
-        output = self._norm(x.float())
-        output = output * (1.0 + self.weight.float())
-        return output.type_as(x)
-
-    found[_as_gemma] = forward
-    return found
+    return standing_for(form, computed, form.__code__.co_varnames[1])
 
 
 def use_own_norms(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
@@ -135,7 +107,7 @@ def use_own_norms(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
     used: set[int] = set()
     known: dict[type, Any] = {}  # empty from the end on, also for who has kept a norm's method
     stack.callback(known.clear)
-    forwards = _forwards(used, known)
+    forwards: dict[Any, Any] = {form: _forward_of(form, used, known) for form in _OPTIONS}
     for module in model.modules() if is_ahead() else ():
         form = _form_of(module)
         if form is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
-from torch import nn
+import torch  # by this name, which torch.jit looks for where a `forward` of ours was defined
 
 from fastft.foreign.objects import put_attributes
 
@@ -36,23 +36,46 @@ def instructions(code: CodeType) -> tuple[Any, ...]:
     return code.co_code, code.co_names, code.co_freevars, constants, counts, flags
 
 
-def is_stock(module: nn.Module) -> bool:
+def is_stock(module: torch.nn.Module) -> bool:
     """Whether its `forward` is its class's. Another one (lazy logits, accelerate's offloading, a
     tensor-parallel plan) is somebody's."""
     return bool(module.forward == types.MethodType(type(module).forward, module))
 
 
-def is_unseen(module: nn.Module) -> bool:
+def is_unseen(module: torch.nn.Module) -> bool:
     """Whether nobody else sees what its `forward` is given or gives."""
     hooks = (
         "_forward_pre_hooks _forward_hooks _backward_pre_hooks _backward_hooks "
         "_forward_hooks_always_called"
     )
     seen = any(getattr(module, name) for name in hooks.split())
-    return not (seen or nn.modules.module._has_any_global_hook())
+    return not (seen or torch.nn.modules.module._has_any_global_hook())
 
 
-def put_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+def standing_for(
+    form: Callable[..., Any], computed: Callable[[Any, Any], Any], argument: str
+) -> Callable[..., Any]:
+    """A `forward` with one argument beside the module.
+
+    Args:
+        form: a function of what is computed, which torch.jit compiles in its place.
+        argument: its name.
+        computed: takes the module and the argument; NotImplemented: the class's `forward` does it.
+    """
+
+    # of this name and a function, so that the module's method pickles
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
+        if len(given) + len(named) == 1 and named.keys() <= {argument}:
+            y = computed(self, *given, *named.values())
+            if y is not NotImplemented:
+                return y
+        return type(self).forward(self, *given, **named)
+
+    forward.__wrapped__ = form  # type: ignore[attr-defined]
+    return forward
+
+
+def put_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Gives a stock module a method in the place of its `forward`, which no copy of it has: a
     method in a copied `__dict__` would still be the first module's. Returns what takes it off
     again.
@@ -73,7 +96,7 @@ def put_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], 
             return stock(vars(module))
         return stock(own(module))
 
-    def replicate() -> nn.Module:
+    def replicate() -> torch.nn.Module:
         replica = type(module)._replicate_for_data_parallel(module)
         replica.__dict__ = stock(vars(replica))
         return replica

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.layers.swiglu import gradients, is_plain, multiplied
+from fastft.foreign.compiling import is_plain
+from fastft.layers.swiglu import gradients, multiplied
 
 Times = Callable[[Tensor, Tensor], Tensor]
 

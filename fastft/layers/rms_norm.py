@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastft import _native, ops
-from fastft.foreign.compiling import constant_when_compiled, is_batched, is_watched
+from fastft.foreign.compiling import constant_when_compiled, is_plain, is_watched
 
 DTYPES = (torch.float32, torch.bfloat16)
 # elements: with fewer, Python's part takes what the kernel saves (NOTES.md)
@@ -103,9 +103,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, rstd = (saved.contiguous() for saved in ctx.saved_tensors)  # as hooks give them
         eps, offset = ctx.options
         needs = ctx.needs_input_grad
-        alike = x.dtype == weight.dtype == grad.dtype and rstd.dtype == torch.float32
-        # gradients that have gradients themselves, or are many at once, are plain torch's
-        if torch.is_grad_enabled() or is_watched() or is_batched(grad) or not alike:
+        if not (is_plain(grad, x, weight) and rstd.dtype == torch.float32):
             of_x, of_weight = _gradients(grad, x, weight, eps, offset)
         else:
             of_x, of_weight = torch.empty_like(x), weight.new_empty(weight.numel() * needs[1])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastft import _native, ops
-from fastft.foreign.compiling import constant_when_compiled, is_batched, is_watched
+from fastft.foreign.compiling import constant_when_compiled, is_plain, is_watched
 
 DTYPES = (torch.float32, torch.bfloat16)
 # elements: with fewer, Python's part takes what the kernel saves (NOTES.md)
@@ -65,13 +65,6 @@ def multiplied(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     FORWARD.native(out, gate, up)
     return out
-
-
-def is_plain(grad: Tensor, *kept: Tensor) -> bool:
-    """Whether kernels may compute gradients: not those that have gradients themselves or are many
-    at once, nor of what hooks have given back in another dtype."""
-    alike = all(tensor.dtype == grad.dtype for tensor in kept)
-    return alike and not (torch.is_grad_enabled() or is_watched() or is_batched(grad))
 
 
 def gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

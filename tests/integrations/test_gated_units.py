@@ -10,7 +10,16 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from support.fused_trainings import SIZES, arguments, examples, gemma, llama, train
+from support.fused_trainings import (
+    SIZES,
+    WAYS,
+    arguments,
+    examples,
+    gemma,
+    llama,
+    train,
+    trained_as_stock,
+)
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
@@ -123,7 +132,7 @@ def test_an_argument_keeps_its_name(units):
                 self.act_fn(self.gate_proj(hidden_state)) * self.up_proj(hidden_state)
             )
 
-    for kind, name in ((Named, "hidden_state"), (LlamaMLP, "x")):
+    for kind, name in ((Named, "hidden_state"), (OtherName, "states"), (LlamaMLP, "x")):
         module = unit()
         module.__class__ = kind
         x = inputs(module)
@@ -131,10 +140,10 @@ def test_an_argument_keeps_its_name(units):
         with contextlib.ExitStack() as stack:
             use_own_units(nn.Sequential(module), stack)
             torch.testing.assert_close(module(**{name: x}), expected)
-    assert len(units) == 2
+    assert len(units) == 3
 
 
-OTHERS = [Doubled, Limited, Swapped, WithOptions, WithDefault, OtherName]
+OTHERS = [Doubled, Limited, Swapped, WithOptions, WithDefault]
 
 
 @needs_kernel
@@ -491,28 +500,11 @@ def test_a_copy_is_a_stock_one_with_weights_of_its_own(copied, units):
 @needs_kernel
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("way", ["plain", "adapter", "checkpointing", "accumulation"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_training_has_stocks_losses_and_leaves_nothing(way, own, units, tmp_path):
-    def model():
-        made = llama()
-        if way == "adapter":
-            peft = pytest.importorskip("peft")
-            torch.manual_seed(1)
-            made = peft.get_peft_model(made, peft.LoraConfig(target_modules="all-linear"))
-        return made
-
-    changes = {
-        "checkpointing": {"gradient_checkpointing": True},
-        "accumulation": {"gradient_accumulation_steps": 3},
-    }.get(way, {})
-    stock, weights, _ = train(tmp_path, model(), **changes)
-    callback, trained = FusedLossCallback(swiglu=own), model()
-    fused, others, _ = train(tmp_path, trained, [callback], **changes)
-    assert fused.losses == pytest.approx(stock.losses, rel=1e-6)
-    for name, weight in weights.items():
-        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4)
+    callback = FusedLossCallback(swiglu=own)
+    trained_as_stock(tmp_path, way, callback)
     assert callback.gated_units == int(own) and bool(units) == own
-    assert all("forward" not in vars(module) for module in trained.modules())
 
 
 @needs_kernel

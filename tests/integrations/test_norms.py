@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from support.fused_trainings import SIZES, arguments, examples, llama, train
+from support.fused_trainings import SIZES, WAYS, arguments, examples, llama, train, trained_as_stock
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
@@ -322,29 +322,12 @@ def test_who_keeps_its_method_has_the_models_own_afterwards(computed):
 @needs_kernel
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("on", [True, False])
-@pytest.mark.parametrize("way", ["plain", "adapter", "checkpointing", "accumulation"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_training_has_stocks_losses_and_leaves_nothing(way, on, computed, tmp_path):
-    def model():
-        made = llama()
-        if way == "adapter":
-            peft = pytest.importorskip("peft")
-            torch.manual_seed(1)
-            made = peft.get_peft_model(made, peft.LoraConfig(target_modules="all-linear"))
-        return made
-
-    changes = {
-        "checkpointing": {"gradient_checkpointing": True},
-        "accumulation": {"gradient_accumulation_steps": 3},
-    }.get(way, {})
-    stock, weights, _ = train(tmp_path, model(), **changes)
-    callback, trained = FusedLossCallback(rms_norm=on), model()
-    fused, others, _ = train(tmp_path, trained, [callback], **changes)
-    assert fused.losses == pytest.approx(stock.losses, rel=1e-6)
-    for name, weight in weights.items():
-        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4)
+    callback = FusedLossCallback(rms_norm=on)
+    trained_as_stock(tmp_path, way, callback)
     # the first of a model with an adapter has nothing to derive: its weight is frozen, too
     assert callback.norms == (3 - (way == "adapter")) * on and bool(computed) == on
-    assert all("forward" not in vars(module) for module in trained.modules())
 
 
 @needs_kernel

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from support.each_instruction_set import printed_by_each
 from support.numerics import assert_no_worse
 from support.unneeded import Unneeded
 from torch import Tensor
@@ -114,17 +111,7 @@ print(digest.hexdigest())
 
 @needs_kernel
 def test_every_instruction_set_has_the_same_bits():
-    printed = {
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM],
-            env={**os.environ, "FASTFT_CPU_ISA": isa},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for isa in ("baseline", "avx2", "avx512", "avx512bf16")
-    }
-    assert len(printed) == 1
+    assert len({*printed_by_each(PROGRAM).values()}) == 1
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
+from support.each_instruction_set import printed_by_each
 from support.numerics import assert_no_worse
 
 from fastft import _native
@@ -248,15 +246,7 @@ print(digest.hexdigest())
 @pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")
 def test_every_instruction_set_gives_the_same_bits():
     """But for the sign and the payload of a NaN."""
-    digests = {
-        isa: subprocess.run(
-            [sys.executable, "-c", PROBE],
-            env={**os.environ, "FASTFT_CPU_ISA": isa},
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        for isa in ("baseline", "avx2", "avx512", "avx512bf16")
-    }
+    digests = printed_by_each(PROBE)
     assert len(digests["baseline"]) == len(hashlib.sha256().hexdigest())
     assert len(set(digests.values())) == 1, digests
 

@@ -1,6 +1,7 @@
 """Trainings of a Llama whose vocabulary is much wider than its hidden states, stock or with the
 fused loss."""
 
+import pytest
 import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
@@ -63,6 +64,35 @@ def train(folder, model=None, callbacks=(), trainer_options=None, **changes):
     )
     trainer.train()
     return curve, {name: p.detach().clone() for name, p in model.named_parameters()}, trainer
+
+
+WAYS = {
+    "plain": {},
+    "adapter": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "accumulation": {"gradient_accumulation_steps": 3},
+}
+
+
+def trained_as_stock(folder, way, callback):
+    """Trains a model with the callback in one of these ways; raises unless losses and weights are
+    stock's, or if a `forward` is left on a module."""
+
+    def model():
+        made = llama()
+        if way == "adapter":
+            peft = pytest.importorskip("peft")
+            torch.manual_seed(1)
+            made = peft.get_peft_model(made, peft.LoraConfig(target_modules="all-linear"))
+        return made
+
+    stock, weights, _ = train(folder, model(), **WAYS[way])
+    trained = model()
+    curve, others, _ = train(folder, trained, [callback], **WAYS[way])
+    assert curve.losses == pytest.approx(stock.losses, rel=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4)
+    assert all("forward" not in vars(module) for module in trained.modules())
 
 
 def per_token_loss(outputs, labels, num_items_in_batch=None):
