@@ -38,6 +38,7 @@ ROOMS = (
         "moments_4bit",
         "moments_4bit_lanes",
         "moments_8bit",
+        "normed_linear",
         "packed",
         "packing_callback",
         "pool_segments",

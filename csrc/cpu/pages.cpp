@@ -27,13 +27,14 @@ FASTFT_EXPORT void fastft_expect_use(void* memory, size_t bytes) {
 // Whether glibc can. Blocks beyond 32 MiB for which the heap has no room come from the system and
 // go back to it one by one, and where the heap's end goes back, it does from twice as many bytes
 // on: glibc's own rules come near this once a block of almost 32 MiB was freed, but are off for
-// good where one of the two was set.
+// good where one of the two was set. What is free already goes back either way: pieces between the
+// blocks of tokenizers, data sets and imports, which no tensor fits in.
 FASTFT_EXPORT int fastft_keep_freed([[maybe_unused]] int keep) {
 #ifdef __GLIBC__
   constexpr int kMost = 32 << 20, kNever = -1;
   const bool known =
       mallopt(M_MMAP_THRESHOLD, kMost) && mallopt(M_TRIM_THRESHOLD, keep ? kNever : 2 * kMost);
-  if (!keep) malloc_trim(0);
+  malloc_trim(0);
   return known;
 #else
   return 0;

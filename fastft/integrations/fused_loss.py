@@ -19,7 +19,7 @@ from fastft.foreign.engines import engine_of
 from fastft.foreign.models import unwrapped, whose_forward
 from fastft.integrations.freed_memory import keep_freed_memory
 from fastft.integrations.gated_units import use_own_units
-from fastft.integrations.linear_products import reason_against, use_own_products
+from fastft.integrations.linear_products import reason_against, use_own_layers
 from fastft.integrations.norms import use_own_norms
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.run_record import record_run
@@ -123,9 +123,10 @@ class FusedLossCallback(PackingCallback):
         if linear is not None and not isinstance(linear, bool):
             raise TypeError(f"linear must be True, False or None, got {linear!r}")
         self.verify, self.linear = verify, linear
-        self._own_products: set[int] | None = None  # of layers; None where none may have one
+        # of layers; None where none may have one
+        self._own_products: set[int] | None = None
+        self._own_norms: set[int] | None = None
         self._own_units: set[int] = set()
-        self._own_norms: set[int] = set()
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
         self._trainer_name = ""
@@ -141,8 +142,8 @@ class FusedLossCallback(PackingCallback):
         model = kwargs["model"]
         self._said, self._said_places, self._said_size = False, 0, False
         evaluation = Evaluation(_in_evaluation_loop)
-        self.evaluation, self._own_products = evaluation.report, None
-        self._own_units, self._own_norms = set(), set()
+        self.evaluation = evaluation.report
+        self._own_units, self._own_products, self._own_norms = set(), None, None
         self._kept.callback(record_run(model, args))
         if args.n_gpu > 1:
             self.report = Report(
@@ -170,9 +171,10 @@ class FusedLossCallback(PackingCallback):
         if self.rms_norm and engine is None:
             self._own_norms = use_own_norms(model, self._kept)
         why = None if self.linear is False else reason_against(model, engine)
-        if why is None and self.linear is not False:
-            self._own_products = use_own_products(model, self._kept)
-        elif self.linear:
+        products = why is None and self.linear is not False
+        own = use_own_layers(model, self._kept, products, self._own_norms is not None)
+        self._own_products = own if products else None
+        if self.linear and why is not None:
             logger.warning(f"fastft: linear=True does nothing: {why}")
 
     @property
@@ -188,7 +190,7 @@ class FusedLossCallback(PackingCallback):
     @property
     def norms(self) -> int:
         """The same of root mean square norms."""
-        return len(self._own_norms)
+        return len(self._own_norms or ())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -5,12 +5,14 @@
     dW = dy^T x            (N, K)
     db = sum of dy's rows  (N,)
 
-2 T N K floating-point operations a product, all in fp32. Only `forward` of each `nn.Linear` is
-hidden by an attribute of that one instance, as the output head's is (`loss/lazy/output_head.py`):
-state dicts, hooks and classes stay. Every copy of a layer (`copy`, pickles, the replicas of
-`nn.DataParallel`) is a stock one with weights of its own, and so is what `torch.jit.script` makes
-of it. What is not a plain fp32 product, large enough to be faster, is `nn.Linear`'s own: autocast,
-DTensors, other dtypes and layouts, compiled code, adapters of a low rank.
+2 T N K floating-point operations a product, all in fp32. Where x is what a norm of fastft's has
+made (norms.py), backward makes it again, whoever multiplies (layers/normed_linear.py). Only
+`forward` of each `nn.Linear` is hidden by an attribute of that one instance, as the output head's
+is (`loss/lazy/output_head.py`): state dicts, hooks and classes stay. Every copy of a layer (`copy`,
+pickles, the replicas of `nn.DataParallel`) is a stock one with weights of its own, and so is what
+`torch.jit.script` makes of it. What is not a plain fp32 product, large enough to be faster, is
+`nn.Linear`'s own: autocast, DTensors, other dtypes and layouts, compiled code, adapters of a low
+rank.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from fastft import _native
 from fastft.foreign.compiling import is_batched, is_watched
 from fastft.integrations.own_forward import is_stock, is_unseen, put_forward
 from fastft.layers import matrix_product
+from fastft.layers.normed_linear import Norm, norm_of, normed_linear
 
 # multiplications of a product: with fewer, Python's part of a layer takes what its products save
 LEAST_WORK = 1 << 24
@@ -71,21 +74,49 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (rows if bias is None else rows.add_(bias)).view(*x.shape[:-1], len(weight))
 
 
-def _forward_of(used: set[int]) -> Callable[[nn.Linear, Tensor], Tensor]:
-    """`nn.Linear.forward` while the products are on; ids of layers that had one go into `used`."""
+def _forward_of(used: set[int] | None) -> Callable[[nn.Linear, Tensor], Tensor]:
+    """`nn.Linear.forward` while layers are ours; ids of those that had the kernel go into `used`,
+    which is None where none may have it."""
 
     # of this name and a function, so that the layer's method pickles and torch.jit compiles it
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if _is_plain(input, self.weight, self.bias):
+            weight, bias = self.weight, self.bias
+            own = used is not None and _is_plain(input, weight, bias)
+            if used is not None and own:
                 used.add(id(self))
-                return linear(input, self.weight, self.bias)
+            norm = _norm_of(input, weight, bias)
+            if norm is not None:
+                return normed_linear(input, weight, bias, norm, _times if own else torch.mm)
+            if own:
+                return linear(input, weight, bias)
             if nn.Linear.forward is not _FORWARD:
                 return nn.Linear.forward(self, input)
         return F.linear(input, self.weight, self.bias)
 
     forward.used = used  # type: ignore[attr-defined]
     return forward
+
+
+def _norm_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> Norm | None:
+    """The norm whose result a layer is given, and would keep for its weight's gradient."""
+    norm = norm_of(input)
+    if norm is None or _is_torchs() or not _is_trained(weight, input):
+        return None
+    plain = bias is None or (type(bias) is nn.Parameter and bias.dtype == weight.dtype)
+    return norm if plain else None
+
+
+def _is_trained(weight: Tensor, input: Tensor) -> bool:
+    """Whether a weight that such inputs are multiplied by is a plain one that has a gradient."""
+    return (
+        type(weight) is nn.Parameter
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and weight.dtype == input.dtype
+        and (weight.device.type, weight.layout) == ("cpu", torch.strided)
+        and weight.shape[1:] == input.shape[-1:]
+    )
 
 
 def times_of(layer: nn.Module, input: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -95,17 +126,15 @@ def times_of(layer: nn.Module, input: Tensor) -> Callable[[Tensor, Tensor], Tens
     if type(layer) is not nn.Linear or not is_unseen(layer) or _is_torchs():
         return None
     put, weight = vars(layer).get("forward"), layer.weight
-    used: set[int] | None = getattr(getattr(put, "__func__", None), "used", None)
+    ours = getattr(put, "__func__", None)
     if (
-        not (used is not None or is_stock(layer))
+        not (hasattr(ours, "used") or is_stock(layer))
         or layer._compiled_call_impl is not None
         or layer.bias is not None
-        or type(weight) is not nn.Parameter
-        or not (weight.requires_grad and weight.dtype == input.dtype)
-        or (weight.device.type, weight.layout) != ("cpu", torch.strided)
-        or weight.shape[1:] != input.shape[-1:]
+        or not _is_trained(weight, input)
     ):
         return None
+    used: set[int] | None = getattr(ours, "used", None)
     if used is None or not _is_plain(input, weight, None):
         return torch.mm
     used.add(id(layer))
@@ -143,16 +172,18 @@ def _is_fp32(tensor: Tensor | None) -> bool:
     return dense and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
-def _layers(model: nn.Module) -> list[nn.Linear]:
-    """The plain ones that are large enough. Whose `forward` is not the class's (a head with lazy
-    logits, accelerate's offloading, a tensor-parallel plan) is somebody's."""
+def _plain_layers(model: nn.Module) -> list[nn.Linear]:
+    """Whose `forward` is not the class's (a head with lazy logits, accelerate's offloading, a
+    tensor-parallel plan) is somebody's."""
+    return [layer for layer in model.modules() if type(layer) is nn.Linear and is_stock(layer)]
+
+
+def _large_layers(model: nn.Module) -> list[nn.Linear]:
+    """The plain ones that the kernel may be faster for."""
     return [
         layer
-        for layer in model.modules()
-        if type(layer) is nn.Linear
-        and is_stock(layer)
-        and _is_fp32(layer.weight)
-        and min(layer.weight.shape) >= matrix_product.LEAST
+        for layer in _plain_layers(model)
+        if _is_fp32(layer.weight) and min(layer.weight.shape) >= matrix_product.LEAST
     ]
 
 
@@ -174,17 +205,25 @@ def reason_against(model: nn.Module, engine: str | None) -> str | None:
         return NOT_AHEAD
     name = type(model).__name__
     has_none = f"{name} has no large linear layers with fp32 weights on the CPU"
-    return None if _layers(model) else has_none
+    return None if _large_layers(model) else has_none
 
 
 NOT_AHEAD = "torch's products are as fast on this processor, or fastft's kernels are not there"
 
 
-def use_own_products(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
-    """Gives the plain linear layers of `model` fastft's products until `stack` is closed; returns
-    the ids of those that have had one, which grow with the first forward passes."""
+def use_own_layers(
+    model: nn.Module, stack: contextlib.ExitStack, products: bool = True, norms: bool = False
+) -> set[int]:
+    """Gives the plain linear layers of `model` a `forward` of fastft's until `stack` is closed;
+    returns the ids of those that have had its products, which grow with the first forward passes.
+
+    Args:
+        products: multiply by fastft's kernel where they are large enough.
+        norms: make again in backward what a norm of fastft's has given them.
+    """
     used: set[int] = set()
-    forward = _forward_of(used)
-    for layer in _layers(model):
+    forward = _forward_of(used if products else None)
+    layers = _plain_layers(model) if norms else _large_layers(model) if products else []
+    for layer in layers:
         stack.callback(put_forward(layer, forward))
     return used

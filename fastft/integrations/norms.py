@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.integrations.own_forward import instructions, is_stock, put_forward, standing_for
+from fastft.integrations.own_forward import (
+    instructions,
+    is_stock,
+    is_unseen,
+    put_forward,
+    standing_for,
+)
+from fastft.layers.normed_linear import remembered
 from fastft.layers.rms_norm import is_ahead, rms_norm, takes
 
 
@@ -96,14 +103,17 @@ def _forward_of(form: Any, used: set[int], known: dict[type, Any]) -> Callable[.
         if known.get(type(self)) != _code(self):
             return NotImplemented
         used.add(id(self))
-        return rms_norm(x, weight, eps, offset)
+        # who sees a result may write to it where torch does not count it
+        of = remembered if is_unseen(self) else rms_norm
+        return of(x, weight, eps, offset)
 
     return standing_for(form, computed, form.__code__.co_varnames[1])
 
 
-def use_own_norms(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
+def use_own_norms(model: nn.Module, stack: contextlib.ExitStack) -> set[int] | None:
     """Gives the norms of `model` fastft's kernel until `stack` is closed, where it is faster;
-    returns the ids of those that have had it, which grow with the first forward passes."""
+    returns the ids of those that have had it, which grow with the first forward passes; None where
+    none may have it."""
     used: set[int] = set()
     known: dict[type, Any] = {}  # empty from the end on, also for who has kept a norm's method
     stack.callback(known.clear)
@@ -113,4 +123,4 @@ def use_own_norms(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
         if form is not None:
             known[type(module)] = _code(module)
             stack.callback(put_forward(module, forwards[form]))
-    return used
+    return used if known else None

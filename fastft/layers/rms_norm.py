@@ -82,14 +82,28 @@ def _gradients(
     return rstd * (weighted - normal * mean), of_weight
 
 
+def normal(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """The norm in plain torch, so that it has gradients."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.to(wide)
+    rstd = torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+    return ((weight.to(wide) + offset) * (rows * rstd)).to(x.dtype)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """y and r of contiguous tensors, without a graph."""
+    out = torch.empty_like(x)
+    rstd = x.new_empty(x.numel() // weight.numel(), dtype=torch.float32)
+    FORWARD.native(out, rstd, x, weight, eps, offset)
+    return out, rstd
+
+
 class _RmsNorm(torch.autograd.Function):
     """Of contiguous tensors, as the kernels take them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        out = torch.empty_like(x)
-        rstd = x.new_empty(x.numel() // weight.numel(), dtype=torch.float32)
-        FORWARD.native(out, rstd, x, weight, eps, offset)
+        out, rstd = normed(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, rstd)
         # a norm whose result nobody needs leaves no gradient, as in torch
         ctx.set_materialize_grads(False)

@@ -264,7 +264,7 @@ def test_layers_that_somebody_has_replaced_are_his(
         if early:
             replace()
         if products:
-            linear_products.use_own_products(module, stack)
+            linear_products.use_own_layers(module, stack)
         use_own_units(nn.Sequential(module), stack)
         if not early:
             replace()
@@ -414,7 +414,7 @@ def test_a_last_layer_that_is_more_than_a_product_is_called(change, products, un
     x = inputs(module)
     expected = results(module, x)
     with contextlib.ExitStack() as stack:
-        used = linear_products.use_own_products(module, stack) if products else set()
+        used = linear_products.use_own_layers(module, stack) if products else set()
         use_own_units(nn.Sequential(module), stack)
         found = results(module, x)
     torch.testing.assert_close(found, expected)

@@ -22,7 +22,7 @@ from fastft import _native
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations import linear_products
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.integrations.linear_products import linear, use_own_products
+from fastft.integrations.linear_products import linear, use_own_layers
 from fastft.layers import matrix_product
 
 needs_kernel = pytest.mark.skipif(
@@ -108,7 +108,7 @@ def test_batches_of_gradients_and_forward_mode_are_torchs(faster, products):
 
     expected_tangent = tangent()
     with contextlib.ExitStack() as stack:
-        used = use_own_products(nn.Sequential(layer), stack)
+        used = use_own_layers(nn.Sequential(layer), stack)
         y = layer(x)
         assert products and used == {id(layer)}
         (rows,) = torch.autograd.grad(
@@ -148,10 +148,10 @@ def test_only_dense_inputs_are_its(faster, products):
     with torch.no_grad():
         expected = [layer(x) for x in of_inputs]
         with contextlib.ExitStack() as stack:
-            used = use_own_products(nn.Sequential(layer), stack)
+            used = use_own_layers(nn.Sequential(layer), stack)
             found = [layer(x) for x in of_inputs]
         layer.weight = None
-        use_own_products(nn.Sequential(layer), stack)
+        use_own_layers(nn.Sequential(layer), stack)
     assert not products and not used and "forward" not in vars(layer)
     assert [y.layout for y in found] == [y.layout for y in expected]
 
@@ -162,7 +162,7 @@ def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products, monke
     x = torch.randn(16, 8)
     expected = model(x)
     with contextlib.ExitStack() as stack:
-        used = use_own_products(model, stack)
+        used = use_own_layers(model, stack)
         torch.testing.assert_close(model(x), expected)
         assert len(products) == 2 and used == {id(model[0]), id(model[2])}
         for context in (
@@ -178,7 +178,7 @@ def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products, monke
         monkeypatch.setattr(linear_products, "LEAST_WORK", 1)
         torch.func.jacfwd(model)(x)
         torch.func.vmap(torch.func.grad(lambda rows: model(rows).sum()))(x.expand(3, 16, 8))
-        assert len(products) == 2 and not linear_products._layers(model)
+        assert len(products) == 2 and not linear_products._large_layers(model)
         with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|size"):
             model(torch.randn(16, 9))
         model.to(torch.bfloat16)(x.bfloat16())
@@ -205,14 +205,14 @@ def _of_its_method(layer):
 def test_a_copy_of_a_layer_is_a_stock_one_with_weights_of_its_own(copied, faster, products):
     layer, x = nn.Linear(8, 8), torch.randn(16, 8)
     with contextlib.ExitStack() as stack:
-        use_own_products(nn.Sequential(layer), stack)
+        use_own_layers(nn.Sequential(layer), stack)
         made = copied(layer)
         torch.testing.assert_close(made(x), layer(x))
         made.weight = nn.Parameter(torch.zeros(8, 8))
         torch.testing.assert_close(made(x), made.bias.expand(16, 8))
         assert len(products) == 1 and type(made) is nn.Linear
         # of a training of its own
-        assert linear_products._layers(nn.Sequential(layer, made)) == [made]
+        assert linear_products._large_layers(nn.Sequential(layer, made)) == [made]
     assert vars(layer).keys() == vars(nn.Linear(8, 8)).keys()
 
 
@@ -220,7 +220,7 @@ def test_a_copy_of_a_layer_is_a_stock_one_with_weights_of_its_own(copied, faster
 def test_a_script_of_a_model_is_torchs(faster, products):
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(16, 8)
     with contextlib.ExitStack() as stack:
-        use_own_products(model, stack)
+        use_own_layers(model, stack)
         scripted = torch.jit.script(model)
         torch.testing.assert_close(scripted(x), model(x))
         assert len(products) == 1
