@@ -80,8 +80,8 @@ def expect_use(tensor: Tensor) -> Tensor:
 
 
 def keep_freed(keep: bool) -> bool:
-    """Tells malloc to keep the end of its heap when it is free, or to give back what is; False
-    where the C library is not glibc, or refuses."""
+    """Has malloc give back what is free, and tells it whether to keep the end of its heap from now
+    on; False where the C library is not glibc, or refuses."""
     loaded = library("cpu")
     return not isinstance(loaded, str) and bool(loaded.fastft_keep_freed(int(keep)))
 

@@ -95,6 +95,25 @@ def test_a_row_that_scatters_is_measured_again_and_the_steadiest_is_kept() -> No
     assert times.median("ours") == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("seconds", [0.05, 3.0])
+def test_what_a_rival_leaves_behind_is_no_part_of_a_row_that_scatters_by_it(seconds: float) -> None:
+    """Ours takes up to twice as long behind the rival: with slow runs too, of which the first
+    attempt has used all the time."""
+    clock, noise, before = Clock(), random.Random(0), ["nobody"]
+
+    def work(name: str, scatters: float) -> Callable[[int], float]:
+        def works(call: int) -> float:
+            behind, before[0] = before[0] != name, name
+            return seconds * (1 + behind * noise.uniform(0, scatters))
+
+        return works
+
+    runs = {"ours": clock.run(work("ours", 1.0)), "rival": clock.run(work("rival", 0.0))}
+    times = turns.by_turns(runs, SECONDS, clock)
+    assert times.attempts == 2 and times.spread() < 1e-9
+    assert times.median("ours") == pytest.approx(seconds)
+
+
 def test_a_row_that_never_settles_ends_and_counts_as_failed() -> None:
     noise = random.Random(0)
     times = measured(ours=lambda call: noise.uniform(0.02, 0.2))

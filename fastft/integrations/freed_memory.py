@@ -3,7 +3,8 @@
 glibc gives the end of its heap back to the system where enough of it is free (mallopt(3),
 M_TRIM_THRESHOLD): 128 KiB, and later up to 64 MiB. Packs have other lengths from step to step,
 heaps end elsewhere after each, and what was given back is fetched again, 4 KiB at a time: up to a
-third of a step. Peaks were no higher (benchmarks/NOTES.md).
+third of a step. Peaks were no higher (benchmarks/NOTES.md). What is free before the first step goes
+back: pieces between small objects, in which no tensor has room.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def _is_set_by_user() -> bool:
 
 
 def keep_freed_memory(model: nn.Module, kept: contextlib.ExitStack) -> None:
-    """Has malloc keep what is freed until `kept`, and that of every other training, is closed,
-    which gives it back; not where the model is on a GPU."""
+    """Has malloc give back what is free, and keep what is freed from here on until `kept`, and that
+    of every other training, is closed, which gives it back; not where the model is on a GPU."""
     global _trainings
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if on_cpu and not _is_set_by_user() and (_trainings > 0 or _native.keep_freed(True)):

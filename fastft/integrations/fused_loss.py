@@ -73,7 +73,8 @@ class FusedLossCallback(PackingCallback):
             CPU in one pass that keeps no silu for backward, where they are large enough, and a
             plain `down_proj` makes its input again instead of keeping it; False: never.
         rms_norm: whether root mean square norms are computed on a CPU in one pass that keeps
-            nothing normalised for backward, where they are large enough; False: never.
+            nothing normalised for backward, where they are large enough, and trained linear layers
+            make their result again instead of keeping it; False: never.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which
