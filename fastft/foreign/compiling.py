@@ -55,6 +55,13 @@ def _len_function_modes() -> int:
     return count - bool(of_device)
 
 
+def has_saved_tensors_hooks() -> bool:
+    """Whether somebody is given what autograd keeps, and gives it back: checkpointing without
+    reentrance, offloading. Where torch does not tell, yes."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether `torch.autograd.grad(..., is_grads_batched=True)` has made many of `tensor`."""
     return bool(_functorch.is_legacy_batchedtensor(tensor))

@@ -32,6 +32,7 @@ PRIVATE_NAMES = {
     "torch.utils._device:DeviceContext": "the class of that mode",
     "torch._C:_len_torch_dispatch_stack": "does a mode watch operations",
     "torch._C:_are_functorch_transforms_active": "does torch.func map or derive what runs",
+    "torch._C:_autograd._top_saved_tensors_default_hooks": "do hooks get what autograd keeps",
     "torch._C:_functorch.is_legacy_batchedtensor": "is a gradient many gradients at once",
     "torch.autograd.forward_ad:_current_level": "are there numbers with derivatives of their own",
     "torch._C:_current_graph_task_id": (

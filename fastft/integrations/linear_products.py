@@ -38,8 +38,15 @@ LEAST_WORK = 1 << 24
 _LINEAR, _FORWARD = F.linear, nn.Linear.forward
 
 
+# numbers that nobody writes to: of an aligned block malloc (glibc 2.36) takes 112 bytes more than
+# of its size, so that where a tensor was another one of its size has no room, and holes stay
+_SPARE = 1 << 10
+
+
 def _times(left: Tensor, right: Tensor) -> Tensor:
-    out = left.new_empty(len(left), right.shape[1])
+    rows, columns = len(left), right.shape[1]
+    # resized, and no view: a layer's result may be written to
+    out = left.new_empty(rows * columns + _SPARE).resize_(rows, columns)
     matrix_product.PRODUCT.native(out, left, right, False)
     return out
 
@@ -81,6 +88,8 @@ def _forward_of(used: set[int] | None) -> Callable[[nn.Linear, Tensor], Tensor]:
     # of this name and a function, so that the layer's method pickles and torch.jit compiles it
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
+            if type(self).forward is not _FORWARD:
+                return type(self).forward(self, input)
             weight, bias = self.weight, self.bias
             own = used is not None and _is_plain(input, weight, bias)
             if used is not None and own:
@@ -90,8 +99,6 @@ def _forward_of(used: set[int] | None) -> Callable[[nn.Linear, Tensor], Tensor]:
                 return normed_linear(input, weight, bias, norm, _times if own else torch.mm)
             if own:
                 return linear(input, weight, bias)
-            if nn.Linear.forward is not _FORWARD:
-                return nn.Linear.forward(self, input)
         return F.linear(input, self.weight, self.bias)
 
     forward.used = used  # type: ignore[attr-defined]
@@ -100,11 +107,12 @@ def _forward_of(used: set[int] | None) -> Callable[[nn.Linear, Tensor], Tensor]:
 
 def _norm_of(input: Tensor, weight: Tensor, bias: Tensor | None) -> Norm | None:
     """The norm whose result a layer is given, and would keep for its weight's gradient."""
-    norm = norm_of(input)
-    if norm is None or _is_torchs() or not _is_trained(weight, input):
+    if _is_torchs() or not _is_trained(weight, input):
         return None
-    plain = bias is None or (type(bias) is nn.Parameter and bias.dtype == weight.dtype)
-    return norm if plain else None
+    plain = bias is None or (
+        type(bias) is nn.Parameter and (bias.dtype, bias.shape) == (weight.dtype, weight.shape[:1])
+    )
+    return norm_of(input) if plain else None
 
 
 def _is_trained(weight: Tensor, input: Tensor) -> bool:

@@ -41,7 +41,7 @@ class _GatedDown(torch.autograd.Function):
             return None, None, None, None
         *kept, transposed = ctx.saved_tensors
         gate, up = (saved.contiguous() for saved in kept)  # as hooks give them back
-        plain = is_plain(grad, gate, up, transposed)
+        plain = is_plain(grad, gate, up, transposed) and not torch.is_autocast_enabled("cpu")
         times: Times = ctx.times if plain else torch.matmul
         needs = ctx.needs_input_grad
         of_weight = None

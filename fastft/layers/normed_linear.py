@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastft.foreign.compiling import is_plain
+from fastft.foreign.compiling import has_saved_tensors_hooks, is_plain
 from fastft.layers.gated_down import Times
 from fastft.layers.rms_norm import normal, normed, rms_norm
 
@@ -29,31 +28,51 @@ class Norm(NamedTuple):
     weight: Tensor
     eps: float
     offset: float
-    states: tuple[tuple[int, int], ...]  # of the result, x and the weight, as they were then
+    versions: tuple[int, ...]  # of the result, x and the weight, as they were then
+    sample: Tensor  # of the result
 
 
-_NORMS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of results that somebody still has
+_SAMPLED, _LAST = 64, 16  # numbers
 
 
 def remembered(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """`rms_norm` of these, of whose result `norm_of` tells."""
+    """`rms_norm` of these, of whose result `norm_of` tells until its backward pass; not where hooks
+    are given what is kept, as by checkpointing: they alone hold it then."""
     x, weight = x.contiguous(), weight.contiguous()
     y = rms_norm(x, weight, eps, offset)
-    _NORMS[y] = Norm(x, weight, eps, offset, _states(y, x, weight))
+    node: Any = y.grad_fn
+    if node is not None and not has_saved_tensors_hooks():
+        # views keep the memory of tensors that are given another one
+        of = x.view_as(x), weight.view_as(weight)
+        node.norm = Norm(*of, eps, offset, _versions(y, *of), _sample(y))
     return y
 
 
 def norm_of(y: Tensor) -> Norm | None:
     """The norm whose result `y` is, unless something has become of one of them since."""
-    norm: Norm | None = _NORMS.get(y) if type(y) is Tensor else None
-    if norm is None or _states(y, norm.x, norm.weight) != norm.states:
+    norm: Norm | None = getattr(y.grad_fn, "norm", None) if type(y) is Tensor else None
+    if (
+        norm is None
+        or _versions(y, norm.x, norm.weight) != norm.versions
+        or y.shape != norm.x.shape
+        or not y.is_contiguous()
+        or not torch.equal(_sample(y), norm.sample)
+    ):
         return None
-    return norm if y.shape == norm.x.shape and y.is_contiguous() else None
+    return norm
 
 
-def _states(*tensors: Tensor) -> tuple[tuple[int, int], ...]:
-    """Where each lies, and how often it has been written to."""
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
+
+
+def _sample(y: Tensor) -> Tensor:
+    """Bits of numbers in all rows and columns, and of the last ones: who writes to a result where
+    torch does not count it (`.data`, NumPy) writes to many of them, or to the last token's."""
+    flat = y.detach().view(-1)
+    step = max(len(flat) // _SAMPLED, 1) | 1
+    sample = torch.cat((flat[::step], flat[-_LAST:]))
+    return sample.view(torch.int16 if y.dtype == torch.bfloat16 else torch.int32)
 
 
 class _NormedLinear(torch.autograd.Function):
@@ -66,7 +85,9 @@ class _NormedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(norm.x, norm.weight, transposed)
         ctx.set_materialize_grads(False)
-        ctx.options = norm.eps, norm.offset, times
+        # hooks may give back other numbers, as who asks for them knows
+        sample = None if has_saved_tensors_hooks() else norm.sample
+        ctx.options = norm.eps, norm.offset, times, sample
         # in one, as torch does it: bfloat16 is rounded once
         return times(y, transposed) if bias is None else torch.addmm(bias, y, transposed)
 
@@ -74,20 +95,30 @@ class _NormedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None, None
-        x, norm_weight, transposed = ctx.saved_tensors
-        eps, offset, times = ctx.options
-        plain = is_plain(grad, x, norm_weight, transposed)
+        *of, transposed = ctx.saved_tensors
+        eps, offset, times, sample = ctx.options
+        plain = is_plain(grad, *of, transposed) and not torch.is_autocast_enabled("cpu")
         if not plain:
             times = torch.matmul
         needs = ctx.needs_input_grad
         of_y = times(grad, transposed.mT.to(grad.dtype)) if needs[0] else None
         of_weight = None
         if needs[1]:
-            given = x.contiguous(), norm_weight.contiguous(), eps, offset
-            y = normed(*given)[0] if plain else normal(*given)
+            x, weight = (saved.contiguous() for saved in of)  # as hooks give them back
+            y = normed(x, weight, eps, offset)[0] if plain else normal(x, weight, eps, offset)
+            if plain and sample is not None and not torch.equal(_sample(y), sample):
+                raise RuntimeError(_CHANGED)
             # to lie as the weight does
             of_weight = times(grad.mT, y.view(-1, y.shape[-1]).to(grad.dtype)).mT
         return of_y, of_weight, grad.sum(-2) if needs[2] else None, None, None
+
+
+_CHANGED = (
+    "fastft: what a norm has given to a linear layer cannot be made again for the gradient of its "
+    "weight: between forward and backward somebody has written to the norm's input or weight where "
+    "torch does not count it (`.data`, NumPy). FusedLossCallback(rms_norm=False) leaves norms to "
+    "torch"
+)
 
 
 def normed_linear(

@@ -112,6 +112,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.norm = None  # what layers behind it were told (normed_linear.py): x goes with the graph
         if grad is None:
             return None, None, None, None
         x, weight, rstd = (saved.contiguous() for saved in ctx.saved_tensors)  # as hooks give them

@@ -157,6 +157,22 @@ def test_only_dense_inputs_are_its(faster, products):
 
 
 @needs_kernel
+def test_a_layer_that_becomes_another_in_the_middle_of_a_training_is_that_one(faster, products):
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    layer, x = nn.Linear(8, 8), torch.randn(16, 8)
+    with contextlib.ExitStack() as stack:
+        use_own_layers(nn.Sequential(layer), stack)
+        before = layer(x)
+        assert len(products) == 1
+        layer.__class__ = Doubled
+        torch.testing.assert_close(layer(x), 2 * before)
+    assert len(products) == 1
+
+
+@needs_kernel
 def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products, monkeypatch):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False))
     x = torch.randn(16, 8)

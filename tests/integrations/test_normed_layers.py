@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.fused_trainings import WAYS, trained_as_stock
+from support.kept_for_backward import kept_for
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastft import _native
@@ -71,11 +73,8 @@ def own(block, products=True):
 def trained(block, x):
     """Result and gradients, and how many numbers of activations autograd has kept besides x and the
     roots of its rows."""
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t
-    ):
-        z = block(x)
+    z = block(x)
+    kept = {each.data_ptr(): each.numel() for each in kept_for(z)}
     z.square().sum().backward()
     found = [z.detach(), x.grad, *(p.grad for p in block.parameters() if p.requires_grad)]
     x.grad = None
@@ -114,6 +113,13 @@ def _with_a_hook_before_each_layer(block, monkeypatch):
         layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
 
 
+def _whose_layers_write_uncounted(block, monkeypatch):
+    def write(module, args):
+        args[0].data.clamp_(-1, 1)
+
+    block.layers[0].register_forward_pre_hook(write)
+
+
 def _with_layers_that_somebody_has_replaced(block, monkeypatch):
     real = F.linear
     monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: real(x, weight, bias) * 2)
@@ -137,6 +143,7 @@ def _that_writes_to_the_result(block, monkeypatch):
         _whose_weights_are_frozen,
         _with_a_hook_on_the_norm,
         _with_a_hook_before_each_layer,
+        _whose_layers_write_uncounted,
         _with_layers_that_somebody_has_replaced,
         _with_subclasses,
         _that_writes_to_the_result,
@@ -163,6 +170,47 @@ def test_under_autocast_and_without_gradients_layers_are_torchs(made_again):
     assert not made_again
 
 
+def test_compilers_and_exports_see_the_layers_operations(made_again):
+    block, x = Block(), inputs()
+    expected = block(x)
+    with own(block):
+        for module, given in ((block, x), (block.layers[0], x)):
+            compiled = torch.compile(module, backend="eager", fullgraph=True)
+            torch.testing.assert_close(compiled(given), module(given))
+            exported = torch.export.export(module, (given.detach(),), strict=True).module()
+            torch.testing.assert_close(exported(given), module(given))
+    torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        contextlib.nullcontext(),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t),
+    ],
+    ids=["no hooks", "hooks"],
+)
+def test_checkpoints_around_layers_or_the_norm_as_well(reentrant, inside, hooks, made_again):
+    block, x = Block(), inputs()
+    expected, _ = trained(block, x)
+
+    def layers(y):
+        return torch.cat([layer(y) for layer in block.layers], -1)
+
+    def checkpointed(x):
+        with hooks:
+            if inside:
+                return checkpoint(lambda x: layers(block.norm(x)), x, use_reentrant=reentrant)
+            return checkpoint(layers, block.norm(x), use_reentrant=reentrant)
+
+    with own(block):
+        checkpointed(x).square().sum().backward()
+    found = [x.grad, *(p.grad for p in block.parameters())]
+    torch.testing.assert_close(found, expected[1:])
+
+
 def test_without_norms_and_products_no_layer_is_touched():
     block = Block()
     with contextlib.ExitStack() as stack:
@@ -176,7 +224,9 @@ def test_without_norms_and_products_no_layer_is_touched():
 def test_a_training_has_stocks_losses(way, linear, made_again, tmp_path):
     callback = FusedLossCallback(linear=linear)
     trained_as_stock(tmp_path, way, callback)
-    assert made_again and bool(callback.linear_layers) == (linear is None)
+    # without reentrance hooks are given what is kept, and one layer's alone at a time
+    assert bool(made_again) == (way != "checkpointing")
+    assert bool(callback.linear_layers) == (linear is None)
 
 
 def test_a_training_without_our_norms_keeps_what_torch_keeps(made_again, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.kept_for_backward import kept_for
 from support.numerics import assert_no_worse
 from support.unneeded import Unneeded
 from torch import Tensor
@@ -76,10 +78,8 @@ def test_the_bits_are_those_of_a_layer_that_keeps_its_input(dtype, bias):
 def test_what_is_kept():
     """By address: what the norm takes and the weights, nothing of the norm's result."""
     *inputs, _ = (each.requires_grad_() for each in operands(30, 64))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ours(*inputs)
-    places = {each.data_ptr() for each in kept if each.numel() != 30}  # one root of a row
+    z, rstd = ours(*inputs), 30
+    places = {each.data_ptr() for each in kept_for(z) if each.numel() != rstd}
     assert places == {each.data_ptr() for each in inputs[:3]}
 
 
@@ -102,12 +102,22 @@ def test_layers_that_share_a_result_and_nobody_keeps_it():
 def test_a_result_that_is_gone_holds_nothing():
     x, scale, *_ = operands(4, 8)
     y = remembered(x.requires_grad_(), scale, EPS, 0.0)
-    of = norm_of(y)
-    assert of is not None and of.x is x
+    assert norm_of(y) is not None
     gone = weakref.ref(x)
-    del x, of, y
+    del x, y
     gc.collect()
     assert gone() is None
+
+
+def test_whoever_keeps_a_result_does_not_keep_what_it_was_made_of():
+    x, scale, *_ = operands(4, 8)
+    x = x.requires_grad_() + 1
+    y = remembered(x, scale, EPS, 0.0)
+    y.sum().backward()
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None and norm_of(y) is None
 
 
 def _written_to(y, x, scale):
@@ -129,6 +139,14 @@ def _that_lies_elsewhere(y, x, scale):
     y.data = y.detach() * 2
 
 
+def _whose_last_row_is_written_to_uncounted(y, x, scale):
+    y.data[-1] += 1
+
+
+def _detached(y, x, scale):
+    y.detach_()
+
+
 def _turned(y, x, scale):
     y.transpose_(0, 1)
 
@@ -144,6 +162,8 @@ def _reshaped(y, x, scale):
         _whose_input_is_written_to,
         _whose_weight_is_written_to,
         _that_lies_elsewhere,
+        _whose_last_row_is_written_to_uncounted,
+        _detached,
         _turned,
         _reshaped,
     ],
@@ -164,13 +184,15 @@ def test_other_tensors_are_not_known():
     assert [norm_of(each) for each in others] == [None] * len(others)
 
 
-@pytest.mark.parametrize("trains", NAMES)
+@pytest.mark.parametrize(
+    "trains", [("x",), ("scale",), ("x", "weight"), ("scale", "bias")], ids=str
+)
 def test_who_needs_no_gradient_gets_none(trains):
     *inputs, grad = operands(9, 4)
     for name, each in zip(NAMES, inputs, strict=True):
-        each.requires_grad_(name == trains)
+        each.requires_grad_(name in trains)
     ours(*inputs).backward(grad)
-    assert [each.grad is not None for each in inputs] == [name == trains for name in NAMES]
+    assert [each.grad is not None for each in inputs] == [name in trains for name in NAMES]
 
 
 def test_gradients_have_gradients_and_may_be_many():
@@ -197,36 +219,71 @@ def test_a_result_that_nobody_needs():
 @pytest.mark.parametrize("place", range(3), ids=NAMES[:3])
 def test_operands_that_have_changed(place):
     *inputs, grad = operands(4, 3)
-    inputs[place - 1].requires_grad_()
-    inputs[2].requires_grad_()
+    for other in {0, 1, 2} - {place}:
+        inputs[other].requires_grad_()
     z = ours(*inputs)
     inputs[place].detach().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.backward(grad)
 
 
-def test_a_weight_that_is_given_other_memory_is_the_one_of_the_forward_pass():
-    """As with `F.linear`, which keeps a view of it."""
+@pytest.mark.parametrize("place", [0, 1], ids=NAMES[:2])
+def test_operands_that_have_changed_where_torch_does_not_count_it(place):
+    *inputs, grad = (each.requires_grad_() for each in operands(4, 3))
+    z = ours(*inputs)
+    inputs[place].data.add_(1)
+    with pytest.raises(RuntimeError, match=r"between forward and backward somebody has written"):
+        torch.autograd.grad(z, inputs[2], grad)
+
+
+@pytest.mark.parametrize("place", range(3), ids=NAMES[:3])
+def test_operands_that_are_given_other_memory_are_those_of_the_forward_pass(place):
+    """As with `F.linear`, which keeps a view of its weight, and what it was given."""
     found = []
-    for function in (ours, plain):
+    for function in (ours, keeping):
         *inputs, grad = (each.requires_grad_() for each in operands(4, 3))
         z = function(*inputs)
-        inputs[2].data = torch.zeros_like(inputs[2])
-        z.backward(grad)
-        found.append([each.grad for each in inputs])
+        inputs[place].data = torch.zeros_like(inputs[place])
+        found.append(torch.autograd.grad(z, inputs, grad))
     torch.testing.assert_close(*found)
 
 
-def test_hooks_may_give_saved_tensors_back_in_other_ways():
-    given = operands(6, 8)
-    expected = trained(given, plain)
-    for pack, unpack in (
-        (lambda kept: kept.clone().as_strided(kept.shape, kept.stride()), lambda kept: kept),
+@pytest.mark.parametrize("hooked", [remembered, normed_linear])
+def test_hooks_that_compress_what_is_kept_are_asked_for(hooked):
+    """Where they see what a norm keeps, layers keep their own; else it is made of their numbers."""
+    x, scale, weight, _, grad = operands(6, 8)
+    weight.requires_grad_(), x.requires_grad_()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t.float())
+    with hooks if hooked is remembered else contextlib.nullcontext():
+        y = remembered(x, scale, EPS, 1.0)
+    assert (norm_of(y) is None) == (hooked is remembered)
+    if hooked is normed_linear:
+        with hooks:
+            z = normed_linear(y, weight, None, norm_of(y), torch.mm)
+        (found,) = torch.autograd.grad(z, weight, grad)
+        kept = rms_norm(x.bfloat16().float(), scale.bfloat16().float(), EPS, 1.0)
+        torch.testing.assert_close(found, grad.T @ kept)
+
+
+@pytest.mark.parametrize(
+    "pack, unpack",
+    [
+        (lambda kept: kept.T.contiguous(), lambda kept: kept.T),
         (lambda kept: kept.double(), lambda kept: kept),
-    ):
+    ],
+    ids=["turned", "wider"],
+)
+@pytest.mark.filterwarnings("ignore:The use of .*T.* on tensors of dimension other than 2")
+def test_hooks_may_give_saved_tensors_back_in_other_ways(pack, unpack):
+    given = operands(6, 8)
+
+    def hooked(x, scale, weight, bias):
+        y = remembered(x, scale, EPS, 1.0)
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            found = trained(given)
-        torch.testing.assert_close([each.float() for each in found], expected)
+            return normed_linear(y, weight, bias, norm_of(y), torch.mm)
+
+    found = trained(given, hooked)
+    torch.testing.assert_close([each.float() for each in found], trained(given, plain))
 
 
 def test_what_does_not_lie_in_order_and_a_result_that_is_written_to():
