@@ -54,7 +54,7 @@ def norm_of(y: Tensor) -> Norm | None:
     if (
         norm is None
         or _versions(y, norm.x, norm.weight) != norm.versions
-        or y.shape != norm.x.shape
+        or (y.shape, y.dtype) != (norm.x.shape, norm.x.dtype)
         or not y.is_contiguous()
         or not torch.equal(_sample(y), norm.sample)
     ):

@@ -143,6 +143,10 @@ def _whose_last_row_is_written_to_uncounted(y, x, scale):
     y.data[-1] += 1
 
 
+def _of_another_dtype(y, x, scale):
+    y.data = y.detach()[:, :3].half()
+
+
 def _detached(y, x, scale):
     y.detach_()
 
@@ -163,6 +167,7 @@ def _reshaped(y, x, scale):
         _whose_weight_is_written_to,
         _that_lies_elsewhere,
         _whose_last_row_is_written_to_uncounted,
+        _of_another_dtype,
         _detached,
         _turned,
         _reshaped,
