@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastft.foreign.compiling import has_saved_tensors_hooks, is_plain
 from fastft.layers.gated_down import Times
-from fastft.layers.rms_norm import normal, normed, rms_norm
+from fastft.layers.rms_norm import normed, plain_norm, rms_norm
 
 
 class Norm(NamedTuple):
@@ -105,7 +105,7 @@ class _NormedLinear(torch.autograd.Function):
         of_weight = None
         if needs[1]:
             x, weight = (saved.contiguous() for saved in of)  # as hooks give them back
-            y = normed(x, weight, eps, offset)[0] if plain else normal(x, weight, eps, offset)
+            y = normed(x, weight, eps, offset)[0] if plain else plain_norm(x, weight, eps, offset)
             if plain and sample is not None and not torch.equal(_sample(y), sample):
                 raise RuntimeError(_CHANGED)
             # to lie as the weight does

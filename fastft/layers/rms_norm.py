@@ -69,25 +69,29 @@ BACKWARD = ops.Operator(
 )
 
 
+def _normalised(x: Tensor, wide: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
+    """n and r."""
+    rows = x.to(wide)
+    rstd = torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+    return rows * rstd, rstd
+
+
 def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """In plain torch and fp32 at least, so that they have gradients too."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    grad, rows = grad.to(wide), x.to(wide)
-    rstd = torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
-    normal, weighted = rows * rstd, grad * (weight.to(wide) + offset)
+    grad, (normal, rstd) = grad.to(wide), _normalised(x, wide, eps)
+    weighted = grad * (weight.to(wide) + offset)
     mean = (weighted * normal).mean(-1, keepdim=True)
     of_weight = (grad * normal).reshape(-1, weight.numel()).sum(0)
     return rstd * (weighted - normal * mean), of_weight
 
 
-def normal(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """The norm in plain torch, so that it has gradients."""
+def plain_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """y in plain torch and fp32 at least, so that it has gradients."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows = x.to(wide)
-    rstd = torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
-    return ((weight.to(wide) + offset) * (rows * rstd)).to(x.dtype)
+    return ((weight.to(wide) + offset) * _normalised(x, wide, eps)[0]).to(x.dtype)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
