@@ -19,14 +19,23 @@ struct alignas(64) Block {
 };
 
 struct Random {
-  uint64_t seed, first;  // global index of the block's first element
+  const PhiloxKeys& keys;
+  uint64_t first;  // global index of the block's first element
   uint32_t step;
 
   // Returns the bits of `n` elements, which it draws into `bits`.
   const uint16_t* draw(uint32_t stream, int n, uint16_t* bits) const {
+    constexpr int kTogether = kPhiloxTogether * kPhiloxGroup;
     const int skip = int(first % kPhiloxGroup);
-    for (int i = 0; i < skip + n; i += kPhiloxGroup)
-      philox_group(first - skip + i, step, stream, seed, bits + i);
+    for (int i = 0; i < skip + n;) {
+      const uint64_t from = first - uint64_t(skip) + uint64_t(i);
+      const bool together = from % kTogether == 0 && i + kTogether - kPhiloxGroup < skip + n;
+      if (together)
+        philox_groups<kPhiloxTogether>(from, step, stream, keys, bits + i);
+      else
+        philox_groups<1>(from, step, stream, keys, bits + i);
+      i += together ? kTogether : kPhiloxGroup;
+    }
     return bits + skip;
   }
 };
@@ -158,20 +167,21 @@ void update(Element* __restrict param, const Element* __restrict grad, void* __r
   using Number = Lanes<sizeof(Element) == 4 || sizeof(Moment) == 4>;
   i = in_turns<Number, FASTFT_LANES>(n, begin, change_of, end);
 #elif defined(FASTFT_PAIR_LANES)
-  if constexpr (sizeof(Element) == 2 && sizeof(Moment) == 2)
-    i = in_turns<PairLanes, PairLanes::kCount>(n, begin, change_of, end);
+  if constexpr (sizeof(Element) == 2) {
+    using Number = PairLanes<sizeof(Moment) == 4>;
+    i = in_turns<Number, Number::kCount>(n, begin, change_of, end);
+  }
 #endif
   for (; i < n; i++) end(i, change_of(begin(i, float())));
 }
 
-// The bits for `n` elements of whatever is rounded stochastically.
+// The bits for `n` elements of whatever is rounded stochastically by the update.
 Bits draw(const AdamwTensor& t, const Random& random, int n, Block& block) {
   const auto of = [&](PhiloxStream stream) { return random.draw(stream, n, block.bits[stream]); };
   Bits bits{};
   if (t.rounding == kStochastic) bits.param = of(kStreamParam);
-  if (!t.bf16_moments && !t.columns) return bits;
+  if (!t.bf16_moments) return bits;
   bits.exp_avg = of(kStreamMoments);
-  if (t.columns) return bits;  // codes swap the bytes themselves
   bits.exp_avg_sq = block.swapped;
   for (int i = 0; i < n; i++) block.swapped[i] = swap_bytes(bits.exp_avg[i]);
   if (t.max_exp_avg_sq) bits.max_exp_avg_sq = of(kStreamMaxExpAvgSq);
@@ -233,16 +243,26 @@ extern "C" void FASTFT_KERNEL(adamw)(const AdamwTensor* tensor, int64_t begin, i
     update_part(t, begin, end - begin, factor, *hyper, Bits{}, nullptr);
     return;
   }
+  const PhiloxKeys keys(seed);
+  const auto random = [&] {
+    return Random{keys, uint64_t(t.first + begin), uint32_t(hyper->step)};
+  };
   Block block;
+  while (t.columns && begin < end) {
+    const MomentRun run = moment_run(t, begin, end);
+    const Bits bits = draw(t, random(), run.n, block);
+    decode_moments(run, block.exp_avg, block.exp_avg_sq);
+    update_part(t, begin, run.n, factor, *hyper, bits, &block);
+    const MomentScales scales(run, block.exp_avg, block.exp_avg_sq);
+    // drawn while the scales, for which all wait, come out; codes swap the bytes themselves
+    const uint16_t* of_codes = random().draw(kStreamMoments, run.n, block.bits[kStreamMoments]);
+    encode_moments(run, scales, of_codes, block.exp_avg, block.exp_avg_sq);
+    begin += run.n;
+  }
   while (begin < end) {
-    const Random random{seed, uint64_t(t.first + begin), uint32_t(hyper->step)};
-    const int64_t room = kBlock - int64_t(random.first % kBlock);
-    const int n = t.columns ? whole_moment_blocks(t, begin, end)
-                            : int(end - begin < room ? end - begin : room);
-    const Bits bits = draw(t, random, n, block);
-    if (t.columns) decode_moments(t, begin, n, block.exp_avg, block.exp_avg_sq);
-    update_part(t, begin, n, factor, *hyper, bits, t.columns ? &block : nullptr);
-    if (t.columns) encode_moments(t, begin, n, bits.exp_avg, block.exp_avg, block.exp_avg_sq);
+    const int64_t room = kBlock - int64_t(random().first % kBlock);
+    const int n = int(end - begin < room ? end - begin : room);
+    update_part(t, begin, n, factor, *hyper, draw(t, random(), n, block), nullptr);
     begin += n;
   }
 }

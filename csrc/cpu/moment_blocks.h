@@ -2,9 +2,8 @@
 // moments_4bit_lanes.h where these do a block, else element by element.
 #pragma once
 #include "moments_4bit_lanes.h"
+#include "moments_8bit_blocks.h"
 #include "philox.h"
-
-constexpr int kMomentsTogether = 4 * kMomentBlock;  // elements, in whole blocks
 
 // A block of codes in some neighbouring elements.
 struct MomentCodes {
@@ -14,37 +13,49 @@ struct MomentCodes {
   float *m_scale, *v_scale;
 };
 
-// The blocks in `n` elements from element `i` on, as f(MomentCodes).
+// Some neighbouring whole blocks of a tensor's codes.
+struct MomentRun {
+  const AdamwTensor& t;
+  int64_t i, row, column;  // where they begin
+  int n;                   // their elements
+};
+
+FASTFT_HD int moment_block_at(const AdamwTensor& t, int64_t column) {
+  const int64_t left = t.columns - column;
+  return left < kMomentBlock ? int(left) : int(kMomentBlock);
+}
+
+// The blocks from element `begin` on that are over before `end`, and have kMomentsTogether elements
+// at most.
+static inline MomentRun moment_run(const AdamwTensor& t, int64_t begin, int64_t end) {
+  const int64_t row = begin / t.columns, first = begin - row * t.columns;
+  int n = 0;
+  for (int64_t column = first; n < end - begin;) {
+    const int size = moment_block_at(t, column);
+    if (n + size > kMomentsTogether) break;
+    n += size;
+    column = column + size == t.columns ? 0 : column + size;
+  }
+  return {t, begin, row, first, n};
+}
+
+// Its blocks, as f(MomentCodes).
 template <class F>
-void each_moment_block(const AdamwTensor& t, int64_t i, int n, F f) {
-  int64_t row = i / t.columns, column = i - row * t.columns;
+void each_moment_block(const MomentRun& run, F f) {
+  const AdamwTensor& t = run.t;
+  int64_t row = run.row, column = run.column;
   int64_t scale = row * moment_blocks_of_row(t.columns) + column / kMomentBlock;
-  for (int done = 0; done < n; scale++) {
-    const int64_t left = t.columns - column;
-    const int size = left < kMomentBlock ? int(left) : int(kMomentBlock);
-    const int64_t byte =
-        t.four_bit ? row * nibble_bytes_of_row(t.columns) + column / 2 : i + int64_t(done);
+  for (int done = 0; done < run.n; scale++) {
+    const int size = moment_block_at(t, column);
+    const int64_t at = run.i + int64_t(done);
+    const int64_t byte = t.four_bit ? row * nibble_bytes_of_row(t.columns) + column / 2 : at;
     f(MomentCodes{done, size, static_cast<int8_t*>(t.exp_avg) + byte,
-                  static_cast<uint8_t*>(t.exp_avg_sq) + i + done, t.exp_avg_scale + scale,
+                  static_cast<uint8_t*>(t.exp_avg_sq) + at, t.exp_avg_scale + scale,
                   t.exp_avg_sq_scale + scale});
     done += size;
     column = column + size == t.columns ? 0 : column + size;
     row += column == 0;
   }
-}
-
-// How many elements from `begin` on, the first of a block, make whole blocks and at most
-// kMomentsTogether.
-static inline int whole_moment_blocks(const AdamwTensor& t, int64_t begin, int64_t end) {
-  int64_t n = 0;
-  for (int64_t column = begin % t.columns; n < end - begin;) {
-    const int64_t left = t.columns - column;
-    const int64_t size = left < kMomentBlock ? left : int64_t(kMomentBlock);
-    if (n + size > kMomentsTogether) break;
-    n += size;
-    column = column + size == t.columns ? 0 : column + size;
-  }
-  return int(n);
 }
 
 static inline void decode_8bit(const MomentCodes& at, float* __restrict m, float* __restrict v) {
@@ -116,72 +127,82 @@ static inline void encode_4bit(const MomentCodes& at, const float* __restrict m,
 }
 
 #if defined(FASTFT_WIDE)
-// Each block while the first roots of the next one are drawn.
-static void encode_8bit_wide(const AdamwTensor& t, int64_t i, int n, const uint16_t* random,
-                             const float* m, const float* v) {
-  Encoded last{};
-  Roots roots;
-  each_moment_block(t, i, n, [&](const MomentCodes& at) {
-    int8_t* codes = static_cast<int8_t*>(at.m);
-    const Encoded block{at.size,     m + at.from, v + at.from, random + at.from,
-                        *at.m_scale, *at.v_scale, codes,       at.v};
-    if (at.from == 0) draw_roots(roots, block);
-    if (at.from > 0) encode_block(last, roots, block);
-    last = block;
-  });
-  encode_block(last, roots, last);
-}
-
-// Pass by pass over all blocks: the next block's work hides how long the largest of one takes to
-// come out. Returns false where a block is left to the element by element way.
-static bool encode_wide(const AdamwTensor& t, int64_t i, int n, const uint16_t* random,
-                        const float* m, const float* v) {
+// The scales of a run's blocks, before any has its codes: the next block's work hides how long the
+// largest of one takes to come out. `plain` says whether no block is left to the element by element
+// way.
+struct MomentScales {
   bool plain = true;
-  each_moment_block(t, i, n, [&](const MomentCodes& at) {
-    const Largest largest = largest_of(m + at.from, v + at.from, at.size);
-    plain &=
-        plain_scale(largest.v) & (t.four_bit ? largest.m < 0x7f800000u : plain_scale(largest.m));
-    *at.m_scale = bits_float(largest.m), *at.v_scale = bits_float(largest.v);
-  });
-  if (!plain) return false;
-  if (!t.four_bit) {
-    encode_8bit_wide(t, i, n, random, m, v);
-    return true;
+  EncodedBlocks encoded;  // with 8 bits
+
+  MomentScales(const MomentRun& run, const float* m, const float* v) {
+    each_moment_block(run, [&](const MomentCodes& at) {
+      const Largest largest = largest_of(m + at.from, v + at.from, at.size);
+      *at.v_scale = bits_float(largest.v);
+      plain &= plain_scale(largest.v);
+      if (run.t.four_bit) {
+        plain &= largest.m < 0x7f800000u;
+        return;
+      }
+      *at.m_scale = bits_float(largest.m);
+      plain &= plain_scale(largest.m);
+      encoded.add(at.size, *at.m_scale, *at.v_scale);
+    });
   }
+};
+
+// Returns false where a block is left to the other way.
+static bool encode_4bit_wide(const MomentRun& run, const uint16_t* random, const float* m,
+                             const float* v) {
+  bool plain = true;
   float ratios[kMomentsTogether];
-  each_moment_block(t, i, n, [&](const MomentCodes& at) {
+  each_moment_block(run, [&](const MomentCodes& at) {
     const uint32_t largest = encode_v(m + at.from, v + at.from, random + at.from, at.size,
                                       *at.v_scale, at.v, ratios + at.from);
     plain &= plain_scale(largest);
     *at.m_scale = bits_float(largest);
   });
   if (!plain) return false;
-  each_moment_block(t, i, n, [&](const MomentCodes& at) {
+  each_moment_block(run, [&](const MomentCodes& at) {
     encode_ratios(m + at.from, ratios + at.from, random + at.from, at.size, *at.m_scale,
                   static_cast<uint8_t*>(at.m));
   });
   return true;
 }
+
+static bool encode_wide(const MomentRun& run, const MomentScales& scales, const uint16_t* random,
+                        const float* m, const float* v) {
+  if (!scales.plain) return false;
+  if (run.t.four_bit) return encode_4bit_wide(run, random, m, v);
+  int8_t* codes = static_cast<int8_t*>(run.t.exp_avg) + run.i;
+  uint8_t* sq_codes = static_cast<uint8_t*>(run.t.exp_avg_sq) + run.i;
+  encode_all({m, v, random, codes, sq_codes}, scales.encoded);
+  return true;
+}
 #else
-static inline bool encode_wide(const AdamwTensor&, int64_t, int, const uint16_t*, const float*,
+struct MomentScales {
+  MomentScales(const MomentRun&, const float*, const float*) {}
+};
+static inline bool encode_wide(const MomentRun&, const MomentScales&, const uint16_t*, const float*,
                                const float*) {
   return false;
 }
 #endif
 
-// `n` elements from element `i` on, the first of a block, in whole blocks.
-static inline void decode_moments(const AdamwTensor& t, int64_t i, int n, float* m, float* v) {
-  each_moment_block(t, i, n, [&](const MomentCodes& at) {
-    (t.four_bit ? decode_4bit : decode_8bit)(at, m + at.from, v + at.from);
-  });
+static inline void decode_moments(const MomentRun& run, float* m, float* v) {
+  if (run.t.four_bit)
+    each_moment_block(run,
+                      [&](const MomentCodes& at) { decode_4bit(at, m + at.from, v + at.from); });
+  else
+    each_moment_block(run,
+                      [&](const MomentCodes& at) { decode_8bit(at, m + at.from, v + at.from); });
 }
 
-static inline void encode_moments(const AdamwTensor& t, int64_t i, int n, const uint16_t* random,
-                                  const float* m, const float* v) {
-  if (encode_wide(t, i, n, random, m, v)) return;
-  each_moment_block(t, i, n, [&](const MomentCodes& at) {
+static inline void encode_moments(const MomentRun& run, const MomentScales& scales,
+                                  const uint16_t* random, const float* m, const float* v) {
+  if (encode_wide(run, scales, random, m, v)) return;
+  each_moment_block(run, [&](const MomentCodes& at) {
     store_scales(at, m + at.from, v + at.from);
     encode_sq(at, m + at.from, v + at.from, random + at.from);
-    (t.four_bit ? encode_4bit : encode_8bit)(at, m + at.from, v + at.from, random + at.from);
+    (run.t.four_bit ? encode_4bit : encode_8bit)(at, m + at.from, v + at.from, random + at.from);
   });
 }

@@ -115,7 +115,7 @@ static bool decode_block(const uint8_t* bytes, const uint8_t* sq_codes, float sc
 // bits of the largest ratio.
 static inline uint32_t encode_v(const float* m, const float* v, const uint16_t* bits, int n,
                                 float sq_scale, uint8_t* sq_codes, float* ratios) {
-  const Wide reciprocal = reciprocal_of(sq_scale);
+  const Wide reciprocal = wide(reciprocal_of(sq_scale));
   // where all of v is zero, so are the ratios
   const KeptV kept = kept_v(sq_scale == 0.0f ? 1.0f : sq_scale);
   const WideInt size = wide(sq_scale == 0.0f ? 0u : 0x7fffffffu);
@@ -166,7 +166,7 @@ FASTFT_HD void encode_together(const float* m, const float* ratios, Wide recipro
 // The codes of a block's m, whose ratios have this largest one.
 static inline void encode_ratios(const float* m, const float* ratios, const uint16_t* bits, int n,
                                  float scale, uint8_t* bytes) {
-  const Wide reciprocal = reciprocal_of(scale);
+  const Wide reciprocal = wide(reciprocal_of(scale));
   const int left = n % kCodesTogether, whole = n - left;
   for (int i = 0; i < whole; i += kCodesTogether)
     encode_together(m + i, ratios + i, reciprocal, bits + i, bytes + i / 2);

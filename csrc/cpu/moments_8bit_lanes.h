@@ -35,8 +35,16 @@ FASTFT_HD WideInt wide_unsigned(const uint8_t* codes) {
 FASTFT_HD WideInt wide_random(const uint16_t* bits) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
 }
-FASTFT_HD WideInt wide_one_more(WideInt value, Wide a, Wide b) {  // where a < b
-  return _mm512_mask_add_epi32(value, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), value, wide(1u));
+FASTFT_HD Wide wide_floor(Wide value) {
+  return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+// An integer, or the next one where a < b, with the sign of another number.
+FASTFT_HD WideInt wide_code(Wide low, Wide a, Wide b, Wide sign) {
+  const __mmask16 less = _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ);
+  const Wide size = _mm512_mask_add_ps(low, less, low, wide(1.0f));
+  constexpr int kFirstElseThird = 0xb8;  // by the bits of the second
+  return _mm512_cvtps_epi32(as_floats(
+      _mm512_ternarylogic_epi32(as_bits(size), wide(0x80000000u), as_bits(sign), kFirstElseThird)));
 }
 FASTFT_HD WideInt wide_with_sign(WideInt size, Wide sign) {
   return _mm512_mask_sub_epi32(size, _mm512_movepi32_mask(as_bits(sign)), wide(0u), size);
@@ -62,11 +70,14 @@ FASTFT_HD WideInt wide_unsigned(const uint8_t* codes) {
 FASTFT_HD WideInt wide_random(const uint16_t* bits) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
 }
-FASTFT_HD WideInt wide_one_more(WideInt value, Wide a, Wide b) {  // where a < b
-  return _mm256_sub_epi32(value, as_bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
-}
+FASTFT_HD Wide wide_floor(Wide value) { return _mm256_floor_ps(value); }
 FASTFT_HD WideInt wide_with_sign(WideInt size, Wide sign) {
   return _mm256_sign_epi32(size, as_bits(sign));
+}
+// An integer, or the next one where a < b, with the sign of another number.
+FASTFT_HD WideInt wide_code(Wide low, Wide a, Wide b, Wide sign) {
+  const WideInt less = as_bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  return wide_with_sign(_mm256_sub_epi32(_mm256_cvtps_epi32(low), less), sign);
 }
 FASTFT_HD WideInt wide_swapped(WideInt random) {  // bytes 0 and 1 as bytes 2 and 1
   const __m128i order = _mm_setr_epi8(-1, 1, 0, -1, -1, 5, 4, -1, -1, 9, 8, -1, -1, 13, 12, -1);
@@ -102,7 +113,7 @@ FASTFT_HD bool plain_scale(uint32_t scale) {
 }
 
 // Of plain scales. No number of a block times it is above 1: at most 1 + 2^-24, which rounds to 1.
-FASTFT_HD Wide reciprocal_of(float scale) { return wide(scale == 0.0f ? 1.0f : 1.0f / scale); }
+FASTFT_HD float reciprocal_of(float scale) { return scale == 0.0f ? 1.0f : 1.0f / scale; }
 
 FASTFT_HD Wide exp_avg_decode(const int8_t* codes, Wide scale) {
   const Wide root = wide_mul(FASTFT_OF_WIDE(cvtepi32_ps)(wide_signed(codes)), wide(1.0f / 127.0f));
@@ -159,20 +170,25 @@ FASTFT_HD Wide random_share(WideInt random) {
 
 // `share` of the scale is in units, `fourth_root` its own.
 FASTFT_HD WideInt exp_avg_encode(Wide m, Wide share, Wide fourth_root, WideInt random) {
-  const WideInt low = FASTFT_OF_WIDE(cvttps_epi32)(fourth_root);
-  const Wide root = FASTFT_OF_WIDE(cvtepi32_ps)(low), next = wide_add(root, wide(1.0f));
-  const Wide square = wide_mul(root, root), next_square = wide_mul(next, next);
+  const Wide low = wide_floor(fourth_root), next = wide_add(low, wide(1.0f));
+  const Wide square = wide_mul(low, low), next_square = wide_mul(next, next);
   const Wide below = wide_mul(square, square), above = wide_mul(next_square, next_square);
   const Wide step = wide_mul(random_share(random), wide_sub(above, below));
-  return wide_with_sign(wide_one_more(low, step, wide_sub(share, below)), m);
+  return wide_code(low, step, wide_sub(share, below), m);
+}
+
+// One operation, where compilers that see the number make four of it.
+FASTFT_HD WideInt wide_times_24(WideInt value) {
+  WideInt factor = wide(24u);
+  asm("" : "+v"(factor));
+  return FASTFT_OF_WIDE(mullo_epi32)(value, factor);
 }
 
 FASTFT_HD WideInt exp_avg_sq_encode(Wide v, Wide reciprocal, WideInt random) {
   const Wide units = wide_mul(wide_mul(v, reciprocal), wide(2.0f * FASTFT_EXP_AVG_SQ_UNITS));
   // 24 * (bits of units - bits of 2) + (random number, bytes swapped, << 8): the code is the
   // topmost byte. 24 * (bits of 2) is 0 modulo 2^32.
-  const WideInt place =
-      FASTFT_OF_WIDE(mullo_epi32)(as_bits(wide_max(units, wide(2.0f))), wide(24u));
+  const WideInt place = wide_times_24(as_bits(wide_max(units, wide(2.0f))));
   return FASTFT_OF_WIDE(srli_epi32)(wide_add(place, wide_swapped(random)), 24);
 }
 
@@ -242,65 +258,6 @@ static inline Largest largest_of(const float* m, const float* v, int n) {
     take(rest.m, rest.v);
   }
   return {wide_largest(largest), wide_largest(largest_sq)};
-}
-
-// A block to be encoded: `n` moments, their random bits and the codes that they get; its scales are
-// plain.
-struct Encoded {
-  int n;
-  const float *m, *v;
-  const uint16_t* bits;
-  float scale, sq_scale;
-  int8_t* codes;
-  uint8_t* sq_codes;
-};
-
-// The shares that some m have of their scale, in units, and the fourth roots of these.
-struct Roots {
-  Wide share[kCodesTogether / kWide], root[kCodesTogether / kWide];
-};
-
-FASTFT_HD void draw_root(Roots& roots, int k, const float* m, Wide reciprocal) {
-  const Wide size = wide_size(FASTFT_OF_WIDE(loadu_ps)(m + k * kWide));
-  roots.share[k] = wide_mul(wide_mul(size, reciprocal), wide(FASTFT_EXP_AVG_UNITS));
-  roots.root[k] = FASTFT_OF_WIDE(sqrt_ps)(FASTFT_OF_WIDE(sqrt_ps)(roots.share[k]));
-}
-
-// The first of a block.
-FASTFT_HD void draw_roots(Roots& roots, const Encoded& of) {
-  for (int k = 0; k < kCodesTogether / kWide; k++)
-    draw_root(roots, k, of.m, reciprocal_of(of.scale));
-}
-
-// Uses up `roots`, and leaves those of the m at `next`.
-FASTFT_HD void encode_together(const Encoded& of, int i, Wide sq_reciprocal, Roots& roots,
-                               const float* next, Wide reciprocal, void* codes, void* sq_codes) {
-  WideInt code[kCodesTogether / kWide], sq_code[kCodesTogether / kWide];
-  for (int k = 0; k < kCodesTogether / kWide; k++) {
-    const Wide share = roots.share[k], root = roots.root[k];
-    draw_root(roots, k, next, reciprocal);
-    const int at = i + kWide * k;
-    const WideInt random = wide_random(of.bits + at);
-    code[k] = exp_avg_encode(FASTFT_OF_WIDE(loadu_ps)(of.m + at), share, root, random);
-    sq_code[k] = exp_avg_sq_encode(FASTFT_OF_WIDE(loadu_ps)(of.v + at), sq_reciprocal, random);
-  }
-  store_codes(code, codes), store_sq_codes(sq_code, sq_codes);
-}
-
-// Makes a block's codes with its first roots, and leaves those of the next block. Square roots take
-// the processor as long as all else: drawn ahead, they keep nobody waiting.
-static inline void encode_block(const Encoded& of, Roots& roots, const Encoded& next) {
-  const Wide reciprocal = reciprocal_of(of.scale), next_reciprocal = reciprocal_of(next.scale);
-  const Wide sq_reciprocal = reciprocal_of(of.sq_scale);
-  int i = 0;
-  for (; i + kCodesTogether < of.n; i += kCodesTogether)
-    encode_together(of, i, sq_reciprocal, roots, of.m + i + kCodesTogether, reciprocal,
-                    of.codes + i, of.sq_codes + i);
-  const size_t left = size_t(of.n - i);
-  int8_t last[kCodesTogether];
-  uint8_t sq_last[kCodesTogether];
-  encode_together(of, i, sq_reciprocal, roots, next.m, next_reciprocal, last, sq_last);
-  memcpy(of.codes + i, last, left), memcpy(of.sq_codes + i, sq_last, left);
 }
 #else
 static inline bool decode_block(const int8_t*, const uint8_t*, float, float, int, float*, float*) {

@@ -1,5 +1,5 @@
-// The random bits of philox.h for 128 neighbouring elements at once. With AVX2 and AVX-512 by hand:
-// compilers find no vectors in products of which both halves are needed.
+// The random bits of philox.h for 128 neighbouring elements at once, or twice as many. With AVX2
+// and AVX-512 by hand: compilers find no vectors in products of which both halves are needed.
 #pragma once
 #include <string.h>
 
@@ -8,10 +8,26 @@
 
 constexpr int kPhiloxGroup = 128;
 
+// Every round's keys, in memory: a register is filled from there at no cost, and from a scalar one
+// only one a cycle.
+struct PhiloxKeys {
+  uint64_t seed;
+  uint32_t key0[kPhiloxRounds], key1[kPhiloxRounds];
+
+  explicit PhiloxKeys(uint64_t seed) : seed(seed) {
+    for (uint32_t round = 0; round < kPhiloxRounds; round++) {
+      key0[round] = (uint32_t)seed + round * 0x9E3779B9u;
+      key1[round] = (uint32_t)(seed >> 32) + round * 0xBB67AE85u;
+    }
+  }
+};
+
 #if defined(FASTFT_WIDE)
 // Counters of a register, each in the lower half of 64 bits; above is anything.
 constexpr int kPhiloxCounters = kWide / 2;
 constexpr int kPhiloxRegisters = kPhiloxGroup / 8 / kPhiloxCounters;
+// A round of one register waits six cycles for its products: four registers fill them.
+constexpr int kPhiloxTogether = 4 / kPhiloxRegisters;
 
 struct PhiloxLanes {
   WideInt word0, word1, word2, word3;
@@ -43,11 +59,11 @@ static inline WideInt philox_upper(WideInt product) {
   return FASTFT_OF_WIDE(srli_epi64)(product, 32);
 }
 
-static inline void philox_round(PhiloxLanes* lanes, uint32_t key0, uint32_t key1) {
+static inline void philox_round(PhiloxLanes* lanes, WideInt key0, WideInt key1) {
   const WideInt a = philox_product(lanes->word0, 0xD2511F53u);
   const WideInt b = philox_product(lanes->word2, 0xCD9E8D57u);
-  *lanes = {philox_xor(philox_upper(b), lanes->word1, philox_word(key0)), b,
-            philox_xor(philox_upper(a), lanes->word3, philox_word(key1)), a};
+  *lanes = {philox_xor(philox_upper(b), lanes->word1, key0), b,
+            philox_xor(philox_upper(a), lanes->word3, key1), a};
 }
 
 // Writes each counter's four words side by side.
@@ -60,22 +76,23 @@ static inline void philox_store(const PhiloxLanes& lanes, uint16_t* bits) {
   memcpy(out, &first, sizeof first), memcpy(out + 1, &last, sizeof last);
 }
 
-// `first` is the index of the group's first element, a multiple of kPhiloxGroup: no counter's lower
-// word overflows. Of the first two rounds, what does not depend on that word is done once for all.
-static inline void philox_group(uint64_t first, uint32_t step, uint32_t stream, uint64_t seed,
-                                uint16_t* bits) {
-  const uint32_t block = (uint32_t)(first / 8);
-  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+// `first` is the index of the groups' first element, a multiple of all of theirs: no counter's
+// lower word overflows. Of the first two rounds, what does not depend on that word is done once for
+// all.
+template <int groups>
+FASTFT_HD void philox_groups(uint64_t first, uint32_t step, uint32_t stream, const PhiloxKeys& keys,
+                             uint16_t* bits) {
+  constexpr int kRegisters = groups * kPhiloxRegisters;
   const uint64_t b0 = (uint64_t)step * 0xCD9E8D57u;
   const uint64_t a1 =
-      (uint64_t)((uint32_t)(b0 >> 32) ^ (uint32_t)(first / 8 >> 32) ^ key0) * 0xD2511F53u;
-  const WideInt counts = FASTFT_OF_WIDE(add_epi32)(philox_word(block), philox_order());
-  const WideInt key2 = philox_word(stream ^ key1);
-  key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-  const WideInt key3 = philox_word((uint32_t)b0 ^ key0);
-  const WideInt key4 = philox_word((uint32_t)(a1 >> 32) ^ key1);
-  PhiloxLanes lanes[kPhiloxRegisters];
-  for (int i = 0; i < kPhiloxRegisters; i++) {
+      (uint64_t)((uint32_t)(b0 >> 32) ^ (uint32_t)(first / 8 >> 32) ^ keys.key0[0]) * 0xD2511F53u;
+  const WideInt counts =
+      FASTFT_OF_WIDE(add_epi32)(philox_word((uint32_t)(first / 8)), philox_order());
+  const WideInt key2 = philox_word(stream ^ keys.key1[0]);
+  const WideInt key3 = philox_word((uint32_t)b0 ^ keys.key0[1]);
+  const WideInt key4 = philox_word((uint32_t)(a1 >> 32) ^ keys.key1[1]);
+  PhiloxLanes lanes[kRegisters];
+  for (int i = 0; i < kRegisters; i++) {
     const WideInt count =
         FASTFT_OF_WIDE(add_epi32)(counts, philox_word((uint32_t)(i * kPhiloxCounters)));
     const WideInt a0 = philox_product(count, 0xD2511F53u);
@@ -83,14 +100,17 @@ static inline void philox_group(uint64_t first, uint32_t step, uint32_t stream, 
     lanes[i] = {philox_upper(b1) ^ key3, b1, a0 ^ key4, philox_word((uint32_t)a1)};
   }
   for (int round = 2; round < kPhiloxRounds; round++) {
-    key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-    for (int i = 0; i < kPhiloxRegisters; i++) philox_round(lanes + i, key0, key1);
+    const WideInt key0 = philox_word(keys.key0[round]), key1 = philox_word(keys.key1[round]);
+    for (int i = 0; i < kRegisters; i++) philox_round(lanes + i, key0, key1);
   }
-  for (int i = 0; i < kPhiloxRegisters; i++) philox_store(lanes[i], bits + i * 8 * kPhiloxCounters);
+  for (int i = 0; i < kRegisters; i++) philox_store(lanes[i], bits + i * 8 * kPhiloxCounters);
 }
 #else
-static inline void philox_group(uint64_t first, uint32_t step, uint32_t stream, uint64_t seed,
-                                uint16_t* bits) {
-  philox_bits<kPhiloxGroup / 8>(first / 8, step, stream, seed, bits);
+constexpr int kPhiloxTogether = 1;
+
+template <int groups>
+static inline void philox_groups(uint64_t first, uint32_t step, uint32_t stream,
+                                 const PhiloxKeys& keys, uint16_t* bits) {
+  philox_bits<groups * kPhiloxGroup / 8>(first / 8, step, stream, keys.seed, bits);
 }
 #endif
