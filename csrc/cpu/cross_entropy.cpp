@@ -54,10 +54,15 @@ struct Rows {
     return job.grad && !job.sums && !more;
   }
 
+  const char* logits(int64_t i) const {
+    return static_cast<const char*>(job.logits) + i * job.stride * itemsize;
+  }
+
   void compute(int64_t i, void (*kernel)(fastft::CrossEntropyRow*), float* exponentials) const {
     fastft::CrossEntropyRow row{};
     row.exponentials = exponentials;
-    row.logits = static_cast<const char*>(job.logits) + i * job.stride * itemsize;
+    row.logits = logits(i);
+    row.next = logits(i + 1 < job.rows ? i + 1 : i);
     row.grad = grad(i);
     row.weight = job.weight;
     row.weight_sum = weight_sum;

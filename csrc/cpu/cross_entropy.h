@@ -6,6 +6,7 @@ namespace fastft {
 constexpr int64_t kExponentials = 16;
 struct CrossEntropyRow {
   const void* logits;   // `classes` floats or bfloat16s, one after another
+  const void* next;     // those of the row that comes next, or some others
   void* grad;           // as many of the same type, or null; may be `logits`
   const float* weight;  // of the classes, or null: all 1
   double weight_sum;

@@ -160,15 +160,20 @@ fastft::RowSums sums_of(const Logits<T, kCap>& logits, const fastft::CrossEntrop
     return {static_cast<float>(row.sums[0]), target_logit, row.sums[1], 0.0, 0.0};
   const float max = row_max(logits, row.classes);
   fastft::RowSums sums{max, target_logit, 0.0, 0.0, 0.0};
+  // A maximum waits for memory, and exponentials do not: the next row comes meanwhile.
+  const T* next = static_cast<const T*>(row.next);
   if (row.exponentials)
     sums.others = sum_row(logits, row.classes, row.target, [=, &row](Floats z, int64_t i) {
+      __builtin_prefetch(next + i, 1, 2);
       const Floats e = exp_negative(z - max);
       store(row.exponentials + i, e);
       return e;
     });
   else
-    sums.others = sum_row(logits, row.classes, row.target,
-                          [=](Floats z, int64_t) { return exp_negative(z - max); });
+    sums.others = sum_row(logits, row.classes, row.target, [=](Floats z, int64_t i) {
+      __builtin_prefetch(next + i, 0, 2);
+      return exp_negative(z - max);
+    });
   if (row.label_smoothing != 0.0f) sums.below = sum_below(logits, row, max);
   if (row.statistics || row.upstream_entropy != 0.0f)
     sums.moment = sum_row(logits, row.classes, -1, [=](Floats z, int64_t) {
