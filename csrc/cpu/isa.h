@@ -1,8 +1,9 @@
 // Run-time choice of the instruction set. A file X_kernel.cpp is compiled once per set with
 // FASTFT_ISA defined and exports FASTFT_KERNEL(name); its host file X.cpp declares them with
-// FASTFT_DECLARE_KERNEL and calls through name_kernel(). Kernel files hold static functions only
-// and include no C++ library header: an inline std:: function compiled there with AVX-512 could be
-// the copy which the linker keeps for everybody.
+// FASTFT_DECLARE_KERNEL and calls through name_kernel(). Kernel files, and the headers that only
+// they include, hold static functions and anonymous namespaces only, and include no C++ library
+// header: of an inline std:: function, a class's or a template's the linker keeps one copy for
+// everybody, which could be the one compiled with AVX-512.
 #pragma once
 
 namespace fastft {

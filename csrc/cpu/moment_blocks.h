@@ -5,6 +5,7 @@
 #include "moments_8bit_blocks.h"
 #include "philox.h"
 
+namespace {
 // A block of codes in some neighbouring elements.
 struct MomentCodes {
   int from, size;  // its elements among these
@@ -206,3 +207,4 @@ static inline void encode_moments(const MomentRun& run, const MomentScales& scal
     (run.t.four_bit ? encode_4bit : encode_8bit)(at, m + at.from, v + at.from, random + at.from);
   });
 }
+}  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 #include "moments_8bit_lanes.h"
 
+namespace {
 constexpr int kMomentsTogether = 4 * kMomentBlock;  // elements, in whole blocks
 
 #if defined(FASTFT_WIDE)
@@ -139,3 +140,4 @@ static inline void encode_all(const Encoding& a, const EncodedBlocks& blocks) {
 }
 #endif
 #endif
+}  // namespace

@@ -226,6 +226,7 @@ static bool decode_block(const int8_t* codes, const uint8_t* sq_codes, float sca
   return true;
 }
 
+namespace {
 // The last elements of a block, fewer than kCodesTogether, with zeros behind them.
 struct Rest {
   float m[kCodesTogether] = {}, v[kCodesTogether] = {};
@@ -237,6 +238,7 @@ struct Rest {
     if (bits_of) memcpy(bits, bits_of, size_t(left) * 2);
   }
 };
+}  // namespace
 
 // The bits of a block's largest moments.
 struct Largest {

@@ -6,6 +6,7 @@
 #include "philox.h"
 #include "wide.h"
 
+namespace {
 constexpr int kPhiloxGroup = 128;
 
 // Every round's keys, in memory: a register is filled from there at no cost, and from a scalar one
@@ -114,3 +115,4 @@ static inline void philox_groups(uint64_t first, uint32_t step, uint32_t stream,
   philox_bits<groups * kPhiloxGroup / 8>(first / 8, step, stream, keys.seed, bits);
 }
 #endif
+}  // namespace
