@@ -217,15 +217,17 @@ class TestLinkage:
         }
 
 
-KERNELS = sorted((PACKAGE.parent / "build/native/cpu").glob("*_kernel_*.o"))
+COMPILED = sorted((PACKAGE.parent / "build/native/cpu").glob("*_kernel_*.o"))
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no binutils")
-@pytest.mark.skipif(not KERNELS, reason="the library was not built in this folder")
-@pytest.mark.parametrize("compiled", KERNELS, ids=lambda path: path.stem)
+@pytest.mark.skipif(not COMPILED, reason="the library was not built in this folder")
+@pytest.mark.parametrize("compiled", COMPILED, ids=lambda path: path.stem)
 def test_no_instruction_set_has_another_ones_functions(compiled: Path) -> None:
     """Of a weak symbol the linker keeps one copy for all, with whichever instructions it has."""
     listing = subprocess.run(
         ["nm", "-C", "--defined-only", str(compiled)], capture_output=True, text=True, check=True
     ).stdout
-    assert [line for line in listing.splitlines() if line.split()[1] in "WVu"] == []
+    # a reference to data, in builds with less optimization
+    found = [line for line in listing.splitlines() if "DW.ref." not in line]
+    assert found and [line for line in found if line.split()[1] in "WVu"] == []

@@ -12,6 +12,7 @@
 namespace {
 constexpr int kBlock = kMomentsTogether;  // elements
 
+// Encoding reads up to 32 elements behind the last one of an array, in the array behind it.
 struct alignas(64) Block {
   float exp_avg[kBlock], exp_avg_sq[kBlock];
   uint16_t bits[3][kBlock + kPhiloxGroup];  // of each stream

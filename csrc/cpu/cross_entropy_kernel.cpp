@@ -164,7 +164,7 @@ fastft::RowSums sums_of(const Logits<T, kCap>& logits, const fastft::CrossEntrop
   const T* next = static_cast<const T*>(row.next);
   if (row.exponentials)
     sums.others = sum_row(logits, row.classes, row.target, [=, &row](Floats z, int64_t i) {
-      __builtin_prefetch(next + i, 1, 2);
+      __builtin_prefetch(next + i, 0, 2);
       const Floats e = exp_negative(z - max);
       store(row.exponentials + i, e);
       return e;

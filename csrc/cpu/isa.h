@@ -2,8 +2,8 @@
 // FASTFT_ISA defined and exports FASTFT_KERNEL(name); its host file X.cpp declares them with
 // FASTFT_DECLARE_KERNEL and calls through name_kernel(). Kernel files, and the headers that only
 // they include, hold static functions and anonymous namespaces only, and include no C++ library
-// header: of an inline std:: function, a class's or a template's the linker keeps one copy for
-// everybody, which could be the one compiled with AVX-512.
+// header: of a std:: function, a class's or a template's that is not inlined the linker keeps one
+// copy for everybody, which could be the one compiled with AVX-512 (tests/test_native.py looks).
 #pragma once
 
 namespace fastft {

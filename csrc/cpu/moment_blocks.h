@@ -26,8 +26,8 @@ FASTFT_HD int moment_block_at(const AdamwTensor& t, int64_t column) {
   return left < kMomentBlock ? int(left) : int(kMomentBlock);
 }
 
-// The blocks from element `begin` on that are over before `end`, and have kMomentsTogether elements
-// at most.
+// The blocks from element `begin` to `end`, borders of blocks, or as many of the first as have
+// kMomentsTogether elements at most.
 static inline MomentRun moment_run(const AdamwTensor& t, int64_t begin, int64_t end) {
   const int64_t row = begin / t.columns, first = begin - row * t.columns;
   int n = 0;
@@ -128,9 +128,9 @@ static inline void encode_4bit(const MomentCodes& at, const float* __restrict m,
 }
 
 #if defined(FASTFT_WIDE)
-// The scales of a run's blocks, before any has its codes: the next block's work hides how long the
-// largest of one takes to come out. `plain` says whether no block is left to the element by element
-// way.
+// The scales of a run's blocks (of v alone with 4 bits, where m's follows from v's codes), before
+// any has its codes: the next block's work hides how long the largest of one takes to come out.
+// `plain` says whether none of these leaves a block to the element by element way.
 struct MomentScales {
   bool plain = true;
   EncodedBlocks encoded;  // with 8 bits

@@ -7,7 +7,7 @@ namespace {
 constexpr int kMomentsTogether = 4 * kMomentBlock;  // elements, in whole blocks
 
 #if defined(FASTFT_WIDE)
-// Neighbouring blocks to be encoded, whose scales are plain.
+// Neighbouring blocks to be encoded. Where a scale is not plain, they are not.
 struct EncodedBlocks {
   static constexpr int kMost = kMomentsTogether;  // of one element each
   int count = 0;

@@ -42,7 +42,7 @@ FASTFT_HD Wide wide_floor(Wide value) {
 FASTFT_HD WideInt wide_code(Wide low, Wide a, Wide b, Wide sign) {
   const __mmask16 less = _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ);
   const Wide size = _mm512_mask_add_ps(low, less, low, wide(1.0f));
-  constexpr int kFirstElseThird = 0xb8;  // by the bits of the second
+  constexpr int kFirstElseThird = 0xb8;  // the third where the second has a bit, else the first
   return _mm512_cvtps_epi32(as_floats(
       _mm512_ternarylogic_epi32(as_bits(size), wide(0x80000000u), as_bits(sign), kFirstElseThird)));
 }
@@ -177,7 +177,7 @@ FASTFT_HD WideInt exp_avg_encode(Wide m, Wide share, Wide fourth_root, WideInt r
   return wide_code(low, step, wide_sub(share, below), m);
 }
 
-// One operation, where compilers that see the number make four of it.
+// One operation, where compilers that see the number make three of it.
 FASTFT_HD WideInt wide_times_24(WideInt value) {
   WideInt factor = wide(24u);
   asm("" : "+v"(factor));
