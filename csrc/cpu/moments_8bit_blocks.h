@@ -9,10 +9,9 @@ constexpr int kMomentsTogether = 4 * kMomentBlock;  // elements, in whole blocks
 #if defined(FASTFT_WIDE)
 // Neighbouring blocks to be encoded. Where a scale is not plain, they are not.
 struct EncodedBlocks {
-  static constexpr int kMost = kMomentsTogether;  // of one element each
   int count = 0;
-  int end[kMost];                                 // the element behind each of them
-  float reciprocal[kMost], sq_reciprocal[kMost];  // of the scales
+  int end[kMomentsTogether];  // the element behind each of them, which may have one alone
+  float reciprocal[kMomentsTogether], sq_reciprocal[kMomentsTogether];  // of the scales
 
   void add(int size, float scale, float sq_scale) {
     end[count] = (count ? end[count - 1] : 0) + size;
